@@ -1,1 +1,103 @@
+"""The command line, `lowrank COMMAND …`: one file a command, imported when called.
 
+A command is a module of this package with its docstring (the description `--help` prints) and two
+functions:
+
+    add_arguments(parser: argparse.ArgumentParser) -> None
+    run(args: argparse.Namespace) -> int        # the exit status
+
+Exit status: 0 done; 1 a check that ran and failed (`verify`); 2 could not run (usage, settings,
+files). A `LowrankError` from below becomes its message on stderr, without a traceback.
+Nothing here imports torch: `lowrank --help` answers at once.
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import lowrank
+from lowrank.errors import LowrankError
+
+# the one line of each command stands here, so that `lowrank --help` imports none of them
+COMMANDS = {
+    "quickstart": "train, compare, merge and verify on the embedded model: no arguments needed",
+    "plan": "print what would be adapted, parameters and bytes, without loading weights",
+    "train": "train an adapter from a YAML file, from flags, or from both",
+    "evaluate": "loss, perplexity and exact match of a base, an adapter or a merged model",
+    "generate": "answer a prompt, with or without an adapter",
+    "merge": "write base + adapter as one model folder that transformers loads",
+    "verify": "prove that a merged folder is the same function as base + adapter",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"lowrank {lowrank.__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        return _fail(
+            "lowrank", f"no command {name!r}{_nearest(name, COMMANDS)}. See: lowrank --help"
+        )
+    try:
+        return _call(name, rest)
+    except LowrankError as error:
+        return _fail(f"lowrank {name}", str(error))
+    except BrokenPipeError:  # `lowrank plan … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _fail(f"lowrank {name}", "interrupted", status=130)
+    except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
+        return stop.code if isinstance(stop.code, int) else 2
+
+
+def _call(name: str, words: list[str]) -> int:
+    command = importlib.import_module(f"lowrank.cli.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"lowrank {name}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        parser.error(f"unknown argument {unknown[0]}{_nearest(unknown[0].split('=')[0], flags)}")
+    return command.run(args)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lowrank COMMAND …",
+            "",
+            "LoRA, from plan to proof.",
+            "",
+            *lines,
+            "",
+            "lowrank COMMAND --help tells more. lowrank --version prints the version.",
+            "Start with: lowrank quickstart",
+        ]
+    )
+
+
+def _nearest(word: str, names) -> str:
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _fail(who: str, message: str, status: int = 2) -> int:
+    print(f"{who}: {message}", file=sys.stderr)
+    return status
