@@ -12,14 +12,13 @@ Nothing here imports torch: `lowrank --help` answers at once.
 """
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import lowrank
-from lowrank.errors import LowrankError
+from lowrank.errors import LowrankError, did_you_mean
 
 # the one line of each command stands here, so that `lowrank --help` imports none of them
 COMMANDS = {
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         return _fail(
-            "lowrank", f"no command {name!r}{_nearest(name, COMMANDS)}. See: lowrank --help"
+            "lowrank", f"no command {name!r}.{did_you_mean(name, COMMANDS)} See: lowrank --help"
         )
     try:
         return _call(name, rest)
@@ -72,7 +71,9 @@ def _call(name: str, words: list[str]) -> int:
     args, unknown = parser.parse_known_args(words)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        parser.error(f"unknown argument {unknown[0]}{_nearest(unknown[0].split('=')[0], flags)}")
+        parser.error(
+            f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}"
+        )
     return command.run(args)
 
 
@@ -91,11 +92,6 @@ def _overview() -> str:
             "Start with: lowrank quickstart",
         ]
     )
-
-
-def _nearest(word: str, names) -> str:
-    close = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _fail(who: str, message: str, status: int = 2) -> int:

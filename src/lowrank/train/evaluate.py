@@ -1,0 +1,217 @@
+"""What a model makes of evaluation rows: loss, perplexity, greedy answers and how right they are."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lowrank.train.encode import IGNORE, Encoded, pad_id, pad_right, prompt_ids, prompt_text
+from lowrank.train.rows import Row
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer beside what was asked and expected."""
+
+    prompt: str  # as the user put it: the last message of a conversation
+    expected: str
+    answer: str
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float  # nats a supervised token, over all rows
+    perplexity: float
+    tokens: int  # supervised tokens
+    rows: int
+    answered: int  # rows that were answered greedily; 0: generation was off
+    exact_match: float | None  # share of the answered rows
+    rouge_l: float | None  # mean F1 over the answered rows
+    answers: list[Answer]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Encoded,
+    *,
+    batch_size: int = 16,
+    generate: int = 0,
+    max_new_tokens: int = 64,
+    chat_template: bool = True,
+) -> Evaluation:
+    """Loss over all of `data`, and greedy answers to its first `generate` rows that have a prompt."""
+    loss, tokens = mean_loss(model, data.examples, pad_id(tokenizer), batch_size)
+    asked = [row for row in data.rows if row.prompt is not None][:generate]
+    texts = answer_rows(
+        model,
+        tokenizer,
+        asked,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        chat_template=chat_template,
+    )
+    answers = [
+        Answer(asked_text(row), row.answer, text, exact_match(text, row.answer))
+        for row, text in zip(asked, texts, strict=True)
+    ]
+    return Evaluation(
+        loss=loss,
+        perplexity=perplexity(loss),
+        tokens=tokens,
+        rows=len(data.rows),
+        answered=len(answers),
+        exact_match=_mean([float(a.exact) for a in answers]),
+        rouge_l=_mean([rouge_l(a.answer, a.expected) for a in answers]),
+        answers=answers,
+    )
+
+
+def mean_loss(
+    model: nn.Module, examples: Sequence[dict[str, list[int]]], pad: int, batch_size: int
+) -> tuple[float, int]:
+    """Nats a supervised token over all `examples` together, and how many tokens that is."""
+    # neighbours of like length: less padding, the same sum
+    ordered = sorted(examples, key=lambda e: len(e["input_ids"]))
+    collate, device = pad_right(pad), _device(model)
+    total, tokens = 0.0, 0
+    with _evaluating(model):
+        for batch in _batches(ordered, batch_size):
+            inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
+            labels = inputs.pop("labels")
+            total += summed_loss(model(**inputs).logits, labels).item()
+            tokens += int((labels[:, 1:] != IGNORE).sum())
+    return total / tokens, tokens
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats summed over the supervised tokens; the logits at t predict the label at t + 1.
+
+    logits (rows, tokens, vocabulary), labels (rows, tokens). The sum is taken in float32, over the
+    supervised positions alone.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE
+    return cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="sum")
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def answer_rows(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    chat_template: bool = True,
+) -> list[str]:
+    """Greedy answers to the prompts of `rows`, in their order."""
+    texts = [prompt_text(row.prompt, tokenizer, chat_template) for row in rows]
+    templated = chat_template and bool(tokenizer.chat_template)
+    prompts = prompt_ids(texts, tokenizer, templated)
+    answers = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    for batch in _batches(order, batch_size):
+        texts = generate_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+        for i, text in zip(batch, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+def generate_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, **sampling: Any
+) -> list[str]:
+    """The continuations of `prompts`, greedy unless `sampling` says otherwise.
+
+    The prompts stand at the right of one batch, so that each new token follows its own prompt.
+    """
+    pad, width, device = pad_id(tokenizer), max(map(len, prompts)), _device(model)
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    with _evaluating(model):
+        out = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            **(sampling or GREEDY),
+        )
+    return [
+        text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    ]
+
+
+# a model's own generation config may sample: what it sets has to be unset by name
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """Equal apart from white space at the ends and its amount between words."""
+    return answer.split() == expected.split()
+
+
+def rouge_l(answer: str, expected: str) -> float:
+    """ROUGE-L, F1: harmonic mean of LCS/|answer| and LCS/|expected| in words (Lin 2004, §3.1, β = 1).
+
+    Words are runs of letters and digits in lower case, as in the rouge-score package, without its
+    restriction to ASCII and without stemming.
+    """
+    a, b = (re.findall(r"[^\W_]+", text.lower()) for text in (answer, expected))
+    if not a or not b:
+        return float(a == b)
+    lcs = longest_common_subsequence(a, b)
+    return 2 * lcs / (len(a) + len(b))
+
+
+def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def asked_text(row: Row) -> str:
+    """What a reader of samples wants to see of a prompt: its last message."""
+    if isinstance(row.prompt, list):
+        return row.prompt[-1]["content"]
+    return row.prompt or ""
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no graph; the training mode comes back whatever happens inside."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
