@@ -71,6 +71,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1
         self.train_seconds += time.perf_counter() - self.started
+        if state.global_step == state.max_steps:  # a curve that ends where the run ended
+            control.should_log = True
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.eval_seconds += (metrics or {}).get("eval_runtime", 0.0)

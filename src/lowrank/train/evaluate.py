@@ -84,7 +84,7 @@ def mean_loss(
     total, tokens = 0.0, 0
     with _evaluating(model):
         for batch in _batches(ordered, batch_size):
-            inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
+            inputs = {name: tensor.to(device) for name, tensor in collate(list(batch)).items()}
             labels = inputs.pop("labels")
             total += summed_loss(model(**inputs).logits, labels).item()
             tokens += int((labels[:, 1:] != IGNORE).sum())

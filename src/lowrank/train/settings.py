@@ -1,9 +1,22 @@
-"""The settings of a training run, as the Python API and the YAML file's sections have them."""
+"""The settings of a training run, as the Python API and the YAML file's sections have them.
 
+The texts in Annotated are what `--help` shows; a Bound is checked where settings are read.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-# the text in Annotated is the line that `--help` shows
+
+class Bound(NamedTuple):
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Bound("above 0", lambda value: value > 0)
+NOT_NEGATIVE = Bound("0 or more", lambda value: value >= 0)
+COUNT = Bound("1 or more", lambda value: value >= 1)
+SHARE = Bound("from 0 to below 1", lambda value: 0 <= value < 1)
 
 
 @dataclass(frozen=True)
@@ -11,12 +24,19 @@ class DataSettings:
     train: Annotated[list[str] | str | None, "JSONL file(s), or embedded:NAME"] = None
     eval: Annotated[list[str] | str | None, "JSONL file(s); embedded:NAME is its test part"] = None
     eval_split: Annotated[
-        float | None, "without data.eval: rows held out of train, a share (0.1) or a number (100)"
+        float | None,
+        "no data.eval: rows held out of train, a share (0.1) or a number (100)",
+        POSITIVE,
     ] = None
-    max_length: Annotated[int | None, "tokens a row; null: 2048, or less if the model is"] = None
+    base_skill: Annotated[
+        str | None, "JSONL whose loss before and after shows forgetting; or embedded"
+    ] = None
+    max_length: Annotated[
+        int | None, "tokens a row; null: 2048, or less if the model is", COUNT
+    ] = None
     loss_on: Annotated[Literal["completion", "all"], "which tokens are learnt"] = "completion"
     chat_template: Annotated[bool, "put prompts through the tokenizer's chat template"] = True
-    limit: Annotated[int | None, "use only the first N training rows"] = None
+    limit: Annotated[int | None, "use only the first N training rows", COUNT] = None
 
 
 @dataclass(frozen=True)
@@ -24,29 +44,29 @@ class TrainSettings:
     """The learning rate is LoRA's: about ten times what full fine-tuning takes."""
 
     method: Annotated[Literal["lora", "full"], "train an adapter, or every weight"] = "lora"
-    epochs: Annotated[float, "passes over the training rows"] = 3.0
-    max_steps: Annotated[int | None, "optimiser steps; wins over epochs"] = None
-    learning_rate: Annotated[float, "at its peak"] = 2e-4
+    epochs: Annotated[float, "passes over the training rows", POSITIVE] = 3.0
+    max_steps: Annotated[int | None, "optimiser steps; wins over epochs", COUNT] = None
+    learning_rate: Annotated[float, "at its peak", POSITIVE] = 2e-4
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant"], "the rate after warmup"
     ] = "cosine"
-    warmup_ratio: Annotated[float, "share of the steps in which the rate rises"] = 0.03
-    batch_size: Annotated[int, "rows in one batch"] = 8
-    gradient_accumulation_steps: Annotated[int, "batches summed into one optimiser step"] = 1
-    weight_decay: Annotated[float, "of AdamW"] = 0.0
-    max_grad_norm: Annotated[float, "gradients are clipped to this norm"] = 1.0
+    warmup_ratio: Annotated[float, "share of the steps in which the rate rises", SHARE] = 0.03
+    batch_size: Annotated[int, "rows in one batch", COUNT] = 8
+    gradient_accumulation_steps: Annotated[int, "batches summed into one optimiser step", COUNT] = 1
+    weight_decay: Annotated[float, "of AdamW", NOT_NEGATIVE] = 0.0
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm", POSITIVE] = 1.0
     group_by_length: Annotated[bool, "batch rows of like length: less padding"] = True
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, slower"] = False
-    seed: Annotated[int, "of the adapter's start, the order of rows and dropout"] = 42
-    logging_steps: Annotated[int, "steps between two lines of the log"] = 10
-    eval_steps: Annotated[int | None, "steps between evaluations; null: each epoch"] = None
-    save_steps: Annotated[int | None, "steps between checkpoints; null: each epoch"] = None
-    save_total_limit: Annotated[int | None, "checkpoints kept; null: all"] = 2
+    seed: Annotated[int, "of the adapter's start, the order of rows and dropout", NOT_NEGATIVE] = 42
+    logging_steps: Annotated[int, "steps between two lines of the log", COUNT] = 10
+    eval_steps: Annotated[int | None, "steps between evaluations; null: each epoch", COUNT] = None
+    save_steps: Annotated[int | None, "steps between checkpoints; null: each epoch", COUNT] = None
+    save_total_limit: Annotated[int | None, "checkpoints kept; null: all", COUNT] = 2
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    batch_size: Annotated[int, "rows at once"] = 16
-    generate: Annotated[int, "rows answered before and after training; 0: none"] = 64
-    max_new_tokens: Annotated[int, "tokens an answer may have"] = 64
-    samples: Annotated[int, "answers shown in the report"] = 5
+    batch_size: Annotated[int, "rows at once", COUNT] = 16
+    generate: Annotated[int, "rows answered before and after training", NOT_NEGATIVE] = 64
+    max_new_tokens: Annotated[int, "tokens an answer may have", COUNT] = 64
+    samples: Annotated[int, "answers shown in the report", NOT_NEGATIVE] = 5

@@ -69,10 +69,16 @@ def train_sft(
     watch = Watch(loss)
     log = LogFile(output_dir / "log.jsonl", append=resume_from is not None)
     trainer = Trainer(
-        model=model,  # type: ignore[arg-type]
-        args=training_arguments(settings, eval_settings, output_dir, evaluation is not None),
-        train_dataset=train.examples,  # type: ignore[arg-type]  # a list is all that it takes
-        eval_dataset=evaluation.examples if evaluation else None,  # type: ignore[arg-type]
+        model=model,
+        args=training_arguments(
+            settings,
+            eval_settings,
+            output_dir,
+            evaluation is not None,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+        ),
+        train_dataset=train.examples,
+        eval_dataset=evaluation.examples if evaluation else None,
         data_collator=pad_right(pad_id(tokenizer)),
         compute_loss_func=loss,
         callbacks=[watch, log, *callbacks],
@@ -98,12 +104,15 @@ def train_sft(
 
 
 def training_arguments(
-    settings: TrainSettings, eval_settings: EvalSettings | None, output_dir: Path, evaluate: bool
+    settings: TrainSettings,
+    eval_settings: EvalSettings | None,
+    output_dir: Path,
+    evaluate: bool,
+    use_cpu: bool,
 ) -> Any:
     """transformers' TrainingArguments for our settings."""
     from transformers import TrainingArguments
 
-    checkpointing = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=settings.epochs,
@@ -118,20 +127,22 @@ def training_arguments(
         max_grad_norm=settings.max_grad_norm,
         train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing or None,
         eval_strategy=_strategy(settings.eval_steps) if evaluate else "no",
         eval_steps=settings.eval_steps,
         save_strategy=_strategy(settings.save_steps),
         save_steps=settings.save_steps or 500,
         save_total_limit=settings.save_total_limit,
         logging_steps=settings.logging_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,  # it would put an older loss in place of NaN
         prediction_loss_only=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
+        use_cpu=use_cpu,
         report_to=[],
-        **checkpointing,
     )
 
 
