@@ -1,0 +1,120 @@
+"""The adapter file: PEFT's `adapter_config.json` and `adapter_model.safetensors`, with metadata of our own.
+
+Our metadata (the base's fingerprint, versions, the run's settings) is JSON under the key "lowrank" of the
+safetensors header, which PEFT and vLLM do not read.
+"""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank.config import CONFIG_NAME, LoraConfig, PeftConfig
+from lowrank.errors import AdapterFileError
+from lowrank.files import replacing, write_text
+from lowrank.hub import adapter_file
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+METADATA_KEY = "lowrank"
+
+
+class Adapter(NamedTuple):
+    """A whole adapter in memory. tensors: by PEFT's keys, `base_model.model.<path>.lora_A.weight`."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+def read_adapter(
+    path: str | PathLike, *, subfolder: str | None = None, ignore_unknown: bool = False, **hub
+) -> Adapter:
+    """The adapter in a folder or on the hub, its tensors on the CPU.
+
+    ignore_unknown: drop keys of the configuration that this version does not know, with a warning.
+    hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+    Raises AdapterFileError if a file is missing, broken, or a pickle.
+    """
+    config = PeftConfig.from_pretrained(path, subfolder, ignore_unknown=ignore_unknown, **hub)
+    tensors, metadata = read_tensors(path, subfolder=subfolder, **hub)
+    return Adapter(config, tensors, metadata)
+
+
+def read_tensors(
+    path: str | PathLike, *, subfolder: str | None = None, **hub
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an adapter, and our metadata (empty if another library wrote the file)."""
+    weights = adapter_file(path, WEIGHTS_NAME, subfolder=subfolder, required=False, **hub)
+    if weights is None:
+        pickle = adapter_file(path, PICKLE_NAME, subfolder=subfolder, required=False, **hub)
+        if pickle is None:
+            raise AdapterFileError(
+                f"{path} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}: it is not a saved adapter."
+            )
+        raise AdapterFileError(_pickle_text(pickle))
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise AdapterFileError(f"{weights} is not a whole safetensors file: {error}") from error
+    return tensors, json.loads(header.get(METADATA_KEY, "{}"))
+
+
+def write_adapter(path: str | PathLike, adapter: Adapter) -> None:
+    """Writes the two files into the folder `path` (made if need be), each by way of a temporary name.
+
+    The tensors are read back and compared before they take the place of an older file. Raises
+    AdapterFileError if they differ.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.tensors.items()}
+    header = {"format": "pt"}
+    if adapter.metadata:
+        header[METADATA_KEY] = json.dumps(adapter.metadata, sort_keys=True)
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        save_file(_unshared(tensors), temporary, metadata=header)
+        _check_written(temporary, tensors)
+    write_text(folder / CONFIG_NAME, adapter.config.to_json_string())
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share memory (tied weights) as copies: safetensors holds each on its own."""
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        found[key] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return found
+
+
+def _check_written(path: Path, tensors: dict[str, Tensor]) -> None:
+    with safe_open(path, framework="pt") as file:
+        different = set(file.keys()) ^ set(tensors)
+        for key in set(file.keys()) & set(tensors):
+            read, meant = file.get_tensor(key), tensors[key]
+            same = read.shape == meant.shape and read.dtype == meant.dtype
+            if not same or not torch.equal(read.view(torch.uint8), meant.view(torch.uint8)):
+                different.add(key)
+    if different:
+        raise AdapterFileError(
+            f"{path} does not hold what was written to it: {sorted(different)[:5]}. Is the disk full?"
+        )
+
+
+def _pickle_text(pickle: Path) -> str:
+    folder = pickle.parent
+    return (
+        f"{folder} holds a pickle ({PICKLE_NAME}), which can run code when it is loaded; only safetensors are "
+        "loaded. To convert it:\n"
+        'python -c "import torch; from safetensors.torch import save_file; save_file({k: v.clone().contiguous() for k, v in '
+        f"torch.load('{pickle}', weights_only=True).items()}}, '{folder / WEIGHTS_NAME}', {{'format': 'pt'}})\""
+    )

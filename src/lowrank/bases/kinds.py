@@ -1,0 +1,155 @@
+"""The table of base layers. A kind is one row: when it applies, how W is held, how W meets x, names on disk."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Size, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lowrank.bases import ops, stores
+from lowrank.bases.ops import Op
+from lowrank.bases.stores import Store
+
+
+class Layout(NamedTuple):
+    """What A, B and the magnitude are called, and the shapes in which they are registered and saved.
+
+    The shapes are PEFT's: from the weight's own shape and r, each as a tuple.
+    """
+
+    A: str
+    B: str
+    A_shape: Callable[[Size, tuple[int, int], int], tuple[int, ...]]
+    B_shape: Callable[[Size, tuple[int, int], int], tuple[int, ...]]
+    magnitude_shape: Callable[[Size, tuple[int, int]], tuple[int, ...]]
+
+
+class Kind(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    weight: str  # the name of the weight parameter
+    bias: str  # the name of the bias that belongs to it
+    hold: Callable[[nn.Module, str], Store]
+    op: Op | None  # None: through the weight
+    layout: Layout
+
+    def store(self, module: nn.Module) -> Store:
+        return self.hold(module, self.weight)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """(out, in) of the module's weight in matrix form."""
+        out, in_ = self.store(module).read().shape
+        return out, in_
+
+
+MATRIX = Layout(
+    "lora_A",
+    "lora_B",
+    lambda weight, W, r: (r, W[1]),
+    lambda weight, W, r: (W[0], r),
+    lambda weight, W: (W[0],),
+)
+EMBEDDING = MATRIX._replace(A="lora_embedding_A", B="lora_embedding_B")
+KERNEL = Layout(
+    "lora_A",
+    "lora_B",
+    lambda weight, W, r: (r, *weight[1:]),
+    lambda weight, W, r: (W[0], r, *[1] * (len(weight) - 2)),
+    lambda weight, W: (1, W[0], *[1] * (len(weight) - 2)),
+)
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, NonDynamicallyQuantizableLinear) or not isinstance(module, nn.Linear):
+        return False
+    # FalconLinear spells out x @ Wᵀ + b; any other forward of a subclass may do more than that
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    return (
+        type(module).__name__ == "Conv1D"
+        and type(module).__module__ == "transformers.pytorch_utils"
+    )
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    if (
+        not isinstance(module, nn.Embedding) or module.max_norm is not None
+    ):  # max_norm rewrites W in forward
+        return False
+    scaled = hasattr(module, "embed_scale") and type(module).__name__.endswith(
+        "ScaledWordEmbedding"
+    )
+    return type(module).forward is nn.Embedding.forward or scaled
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return any(isinstance(module, c) and type(module).forward is c.forward for c in CONVOLUTIONS)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim >= 2 and weight.is_floating_point()
+
+
+# The first row that matches decides. Rows with op=None run the module itself with the merged weight in
+# place of W: exact for any module, at the cost of forming that weight in each forward.
+KINDS: list[Kind] = [
+    Kind("linear", _is_linear, "weight", "bias", stores.as_is, ops.LINEAR, MATRIX),
+    Kind("Conv1D", is_transposed_linear, "weight", "bias", stores.transposed, ops.LINEAR, MATRIX),
+    Kind("embedding", _is_lookup, "weight", "bias", stores.transposed, ops.LOOKUP, EMBEDDING),
+    Kind(
+        "convolution", _is_convolution, "weight", "bias", stores.flattened, ops.CONVOLUTION, KERNEL
+    ),
+    Kind(
+        "attention in_proj",
+        lambda m: isinstance(m, nn.MultiheadAttention) and m._qkv_same_embed_dim,
+        "in_proj_weight",
+        "in_proj_bias",
+        stores.as_is,
+        None,
+        MATRIX,
+    ),
+    Kind(
+        "embedding with its own forward",
+        lambda m: isinstance(m, nn.Embedding),
+        "weight",
+        "bias",
+        stores.transposed,
+        None,
+        EMBEDDING,
+    ),
+    Kind(
+        "convolution with its own forward",
+        lambda m: isinstance(m, CONVOLUTIONS),
+        "weight",
+        "bias",
+        stores.flattened,
+        None,
+        KERNEL,
+    ),
+    Kind("any module with a weight", _has_matrix, "weight", "bias", stores.flattened, None, MATRIX),
+]
+
+# With fan_in_fan_out=True, for modules that keep (in, out) and whose type does not say so.
+TRANSPOSED = KINDS[-1]._replace(name="any module with a transposed weight", hold=stores.transposed)
+
+
+def kind_of(module: nn.Module, fan_in_fan_out: bool = False) -> Kind | None:
+    """The first row that matches `module`, or None if it cannot carry an adapter.
+
+    A weight that is not a floating-point parameter of at least two dimensions (packed, quantised,
+    parametrised, a vector) matches nothing.
+    """
+    for kind in KINDS:
+        if kind.matches(module):
+            weight = module._parameters.get(kind.weight)
+            if weight is None or weight.ndim < 2 or not weight.is_floating_point():
+                return None
+            return TRANSPOSED if fan_in_fan_out and kind is KINDS[-1] and weight.ndim == 2 else kind
+    return None

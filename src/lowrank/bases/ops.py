@@ -1,0 +1,62 @@
+"""How a weight meets the input, split in two: `down` with A and `up` with B.
+
+For every op, `up(down(x, A), B)` is what the layer itself, without its bias, would give with the weight
+B·A. `down` also applies LoRA's dropout, which acts on the layer's input.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Op(NamedTuple):
+    down: Callable[
+        [nn.Module, Tensor, Tensor, nn.Module], Tensor
+    ]  # base layer, x, A (r, in), dropout -> h
+    up: Callable[[nn.Module, Tensor, Tensor], Tensor]  # base layer, h, B (out, r) -> y
+    channel: int  # which dimension of y is `out`: bias and magnitude follow it
+    floating: bool  # whether x is floating point, and so sets the dtype of the product
+
+
+def _linear_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
+    return F.linear(dropout(x), A)
+
+
+def _linear_up(base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+    return F.linear(h, B)
+
+
+def _lookup_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
+    h = F.embedding(x, A.T, padding_idx=base.padding_idx)
+    if isinstance(dropout, nn.Identity):
+        return h
+    # x stands for one-hot rows: dropping a row's only non-zero entry drops the token's whole h
+    return h * dropout(torch.ones_like(h[..., :1]))
+
+
+def _lookup_up(base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+    y = F.linear(h, B)
+    scale = getattr(base, "embed_scale", None)  # Gemma 3 scales its embeddings in forward
+    return y if scale is None else y * torch.as_tensor(scale).to(y)
+
+
+def _convolution_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
+    kernel = A.reshape(A.shape[0], *base.weight.shape[1:])
+    if base.groups > 1:  # each group of the input meets all of A
+        kernel = kernel.repeat(base.groups, *[1] * (kernel.ndim - 1))
+    # the layer's own stride, padding, dilation, padding_mode and groups
+    return base._conv_forward(dropout(x), kernel, None)  # (batch, groups·r, *positions)
+
+
+def _convolution_up(base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+    positions = base.weight.ndim - 2
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[positions - 1]
+    return convolution(h, B.reshape(*B.shape, *[1] * positions), groups=base.groups)
+
+
+LINEAR = Op(_linear_down, _linear_up, channel=-1, floating=True)
+LOOKUP = Op(_lookup_down, _lookup_up, channel=-1, floating=False)
+CONVOLUTION = Op(_convolution_down, _convolution_up, channel=1, floating=True)

@@ -1,0 +1,45 @@
+"""The README.md of a saved adapter, which the hub shows as its page."""
+
+from pathlib import Path
+
+from lowrank.config import LoraConfig
+from lowrank.files import write_text
+
+_CARD = """---
+{front}
+---
+
+# LoRA adapter
+
+An adapter for `{base}`: r={r}, lora_alpha={lora_alpha}, on {targets}.
+
+```python
+from lowrank import PeftModel  # or: from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder or repository")
+```
+"""
+
+
+def write_card(folder: Path, config: LoraConfig) -> None:
+    """Writes README.md into `folder`, unless there is one: a person may have written it."""
+    path = folder / "README.md"
+    if path.exists():
+        return
+    base = config.base_model_name_or_path or "unknown"
+    local = Path(base).exists()
+    front = ["library_name: peft", "tags:", "- lora", "- lowrank"]
+    if not local and base != "unknown":
+        front.insert(0, f"base_model: {base}")
+    targets = config.target_modules
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(
+        path,
+        _CARD.format(
+            front="\n".join(front),
+            base=Path(base).name if local else base,
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            targets=targets if isinstance(targets, str) else ", ".join(targets or []),
+        ),
+    )

@@ -1,0 +1,311 @@
+"""`LoraConfig`: PEFT's field names, defaults and meanings, and its `adapter_config.json`.
+
+A field that this version cannot honour is accepted at its default and refused by name at any other
+value. Nothing in a configuration is ignored.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from lowrank.errors import AdapterFileError, ConfigError, UnknownFieldError, did_you_mean, listed
+from lowrank.files import write_text
+from lowrank.hub import HUB_KEYWORDS, adapter_file
+
+CONFIG_NAME = "adapter_config.json"
+
+
+class TaskType(str, Enum):  # noqa: UP042  (PEFT's users compare and format these as plain strings)
+    """What the model does with its last hidden states."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, Enum):  # noqa: UP042
+    """The methods that an `adapter_config.json` can name; lowrank does LoRA only."""
+
+    LORA = "LORA"
+
+
+# The heads that a freshly built task model has untrained, so that they are trained and saved whole.
+TASK_HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+_DATA_INITIALISATIONS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
+
+# field -> why a value other than its default is refused
+_REFUSED = {
+    "trainable_token_indices": "training single embedding rows is not supported yet; use modules_to_save for the whole embedding",
+    "target_parameters": "adapting bare parameters (fused experts) is not supported yet",
+    "layer_replication": "stacking copies of layers is not supported yet",
+    "ensure_weight_tying": "tied weights are untied when merged; keeping them tied is not supported yet",
+    "alora_invocation_tokens": "activated LoRA is not supported yet",
+    "loftq_config": "the LoftQ initialisation is not supported yet",
+    "eva_config": "the EVA initialisation is not supported yet",
+    "corda_config": "the CorDA initialisation is not supported yet",
+    "lora_ga_config": "the LoRA-GA initialisation is not supported yet",
+    "megatron_config": "Megatron layers are not supported",
+    "use_qalora": "QALoRA is not supported",
+    "velora_config": "VeLoRA is not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "use_bdlora": "BD-LoRA is not supported",
+    "arrow_config": "Arrow routing is not supported",
+    "kasa_config": "KaSA is not supported",
+}
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of the running process that are not saved with an adapter."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass(kw_only=False)
+class PeftConfig:
+    """What every adapter configuration has. `from_pretrained` returns the right subclass.
+
+    Raises UnknownFieldError for a keyword that is no field, with the nearest names.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __new__(cls, *args, **kwargs):
+        names = [f.name for f in dataclasses.fields(cls) if f.init]
+        unknown = [key for key in kwargs if key not in names]
+        if unknown:
+            problems = [
+                f"{cls.__name__} has no field {key!r}.{did_you_mean(key, names)}" for key in unknown
+            ]
+            raise UnknownFieldError(listed(problems))
+        return super().__new__(cls)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Always False: lowrank does LoRA only. Part of the interface that trainers ask for."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, as `adapter_config.json` holds them."""
+        values = dataclasses.asdict(self)
+        values.pop("runtime_config", None)
+        return {key: _json_value(value) for key, value in values.items()}
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, ignore_unknown: bool = False) -> "LoraConfig":
+        """The configuration in `values`, the content of an `adapter_config.json`.
+
+        Raises ConfigError if it is not LoRA's or a value is refused, and UnknownFieldError for keys that
+        no field has. With `ignore_unknown` (for files written by a newer library) those keys are
+        dropped, and a warning lists them.
+        """
+        peft_type = values.get("peft_type", PeftType.LORA)
+        if peft_type != PeftType.LORA:
+            raise ConfigError(
+                f"peft_type is {peft_type!r}; lowrank does LoRA only. Load this adapter with PEFT."
+            )
+        names = {f.name for f in dataclasses.fields(LoraConfig) if f.init}
+        unknown = sorted(set(values) - names)
+        if unknown and not ignore_unknown:
+            problems = [f"unknown key {key!r}.{did_you_mean(key, names)}" for key in unknown]
+            raise UnknownFieldError(
+                listed(problems)
+                + "\nIf a newer library wrote the file and these keys may be dropped, pass "
+                "ignore_unknown=True."
+            )
+        if unknown:
+            warnings.warn(
+                f"ignored keys of the adapter's configuration: {', '.join(unknown)}", stacklevel=2
+            )
+        return LoraConfig(**{key: value for key, value in values.items() if key in names})
+
+    @classmethod
+    def from_json_file(cls, path: str | PathLike, **kwargs) -> dict[str, Any]:
+        """The content of a JSON file as a dictionary."""
+        try:
+            return json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise AdapterFileError(f"{path} is not valid JSON: {error}") from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        subfolder: str | None = None,
+        *,
+        ignore_unknown: bool = False,
+        **kwargs,
+    ) -> "LoraConfig":
+        """The configuration of an adapter in a folder or on the hub.
+
+        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as huggingface_hub has them; any
+        other is set as a field on the result. Raises AdapterFileError if there is no configuration.
+        """
+        hub = {key: kwargs.pop(key) for key in HUB_KEYWORDS if key in kwargs}
+        path = adapter_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        values = cls.from_json_file(path)
+        return cls.from_dict({**values, **kwargs}, ignore_unknown=ignore_unknown)
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs) -> None:
+        """Writes `adapter_config.json` into the folder, by way of a temporary name."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_text(Path(save_directory) / CONFIG_NAME, self.to_json_string())
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """Which layers get an adapter, and of what kind. Field names and defaults are PEFT's.
+
+    r: rank. lora_alpha: ΔW = (lora_alpha / r)·B·A, or / √r with use_rslora.
+    target_modules: names or suffixes of module paths, a regular expression that a whole path must match,
+        "all-linear" (every linear layer but the output head), or None for the architecture's default.
+    exclude_modules: names, suffixes or a regular expression that are left out.
+    bias: "none", "lora_only" (train the targeted layers' own biases) or "all".
+    modules_to_save: modules trained and saved whole, beside the adapter.
+    rank_pattern, alpha_pattern: other r and lora_alpha for the module paths that a key matches (a suffix
+        or a regular expression).
+    Raises ConfigError for impossible values and for features that this version does not have, all at once.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.LORA
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                setattr(self, name, list(dict.fromkeys(value)))
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        self.loftq_config = self.loftq_config or {}
+        if isinstance(self.runtime_config, Mapping):
+            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
+        problems = self.problems()
+        if problems:
+            raise ConfigError(listed(problems))
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, a sentence each; empty if nothing is."""
+        found = []
+        defaults = {
+            f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            for f in dataclasses.fields(self)
+        }
+        for name, why in _REFUSED.items():
+            if getattr(self, name) not in (defaults[name], None):
+                found.append(f"{name}={getattr(self, name)!r}: {why}.")
+        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
+        for name, value in ranks.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                found.append(f"{name}={value!r} must be a whole number of at least 1.")
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
+        }
+        for name, value in alphas.items():
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                found.append(f"{name}={value!r} must be a number.")
+        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
+            found.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1.")
+        if self.bias not in ("none", "all", "lora_only"):
+            found.append(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'.")
+        if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
+            names = [t.value for t in TaskType]
+            found.append(
+                f"task_type={self.task_type!r} is none of {', '.join(names)}.{did_you_mean(str(self.task_type), names)}"
+            )
+        found += self._initialisation_problems()
+        if self.use_dora and self.lora_bias:
+            found.append(
+                "lora_bias=True with use_dora=True: DoRA scales the weight's rows and leaves biases alone; drop one."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            found.append(
+                "layers_to_transform needs target_modules as a list of names: put the layers into the regular expression."
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            found.append("layers_pattern does nothing without layers_to_transform.")
+        return found
+
+    def _initialisation_problems(self) -> list[str]:
+        init = self.init_lora_weights
+        if isinstance(init, bool) or init in _INITIALISATIONS:
+            return []
+        names = [name for name in _INITIALISATIONS if isinstance(name, str)]
+        if isinstance(init, str) and init.startswith(_DATA_INITIALISATIONS):
+            return [
+                f"init_lora_weights={init!r} is not supported yet; use True, False, {' or '.join(map(repr, names))}."
+            ]
+        return [
+            f"init_lora_weights={init!r} must be True, False, {' or '.join(map(repr, names))}.{did_you_mean(str(init), names)}"
+        ]
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value) if isinstance(value, set | frozenset) else list(value)
+    return value

@@ -1,0 +1,73 @@
+"""Every exception that lowrank raises on purpose, and the nearest-name helper that their texts use."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LowrankError(Exception):
+    """The ancestor of all of them. Each also descends from the builtin that callers already catch."""
+
+
+class ConfigError(LowrankError, ValueError):
+    """A `LoraConfig` field has an impossible or unsupported value."""
+
+
+class UnknownFieldError(LowrankError, TypeError):
+    """A keyword or key that no field of the configuration has."""
+
+
+class TargetError(LowrankError, ValueError):
+    """The configuration does not fit the model: nothing matched, or a layer cannot do what is asked."""
+
+
+class ShapeError(LowrankError, ValueError):
+    """Tensors whose shapes do not go together."""
+
+
+class AdapterFileError(LowrankError, ValueError, OSError):
+    """An adapter's files are missing, broken, or of a form that is not loaded."""
+
+
+class AdapterMismatchError(LowrankError, ValueError):
+    """The tensors of an adapter do not fit the model that they are loaded into."""
+
+
+class BaseMismatchError(LowrankError, ValueError):
+    """The adapter was trained on another base model."""
+
+
+class AdapterNameError(LowrankError, ValueError):
+    """An adapter's name is taken, unknown or unusable."""
+
+
+class MergeError(LowrankError, ValueError):
+    """A merge that cannot be done, or would not be finite. The base is untouched."""
+
+
+class NotTrainableError(LowrankError, RuntimeError):
+    """A training step on a model in which nothing can be trained."""
+
+
+class MissingExtraError(LowrankError, ImportError):
+    """An optional package is needed; the text has the line that installs it."""
+
+
+def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
+    """Up to `n` of `options` that look most like `word`, best first; compared without case."""
+    by_lower = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=n, cutoff=0.5)
+    return [by_lower[lower] for lower in close]
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """` Did you mean 'x' or 'y'?`, or an empty text when nothing is near."""
+    close = nearest(word, options)
+    return f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def listed(problems: list[str]) -> str:
+    """One problem as it is; several as an indented list under their count."""
+    if len(problems) == 1:
+        return problems[0]
+    lines = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)
+    return f"{len(problems)} problems:\n{lines}"

@@ -1,0 +1,64 @@
+"""Where an adapter's files are: in a folder, or on the Hugging Face hub."""
+
+import re
+from os import PathLike
+from pathlib import Path
+
+from lowrank.errors import AdapterFileError, MissingExtraError
+
+# the keywords of huggingface_hub.hf_hub_download that loading accepts
+HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+_REPO_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+
+
+def adapter_file(
+    name_or_path: str | PathLike,
+    filename: str,
+    *,
+    subfolder: str | None = None,
+    required: bool = True,
+    **hub,
+) -> Path | None:
+    """The local path of one of an adapter's files, downloaded if `name_or_path` is a hub id.
+
+    Raises AdapterFileError if it is not there (returns None if not `required`).
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        path = folder / (subfolder or "") / filename
+        if path.is_file():
+            return path
+        if not required:
+            return None
+        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        raise AdapterFileError(
+            f"{path.parent} has no {filename}. It has: {', '.join(there[:10]) or 'nothing'}."
+        )
+    if not _REPO_ID.fullmatch(str(name_or_path)):
+        raise AdapterFileError(
+            f"{name_or_path} is no folder here, and no hub id (owner/name) either."
+        )
+    return _download(str(name_or_path), filename, subfolder, required, hub)
+
+
+def _download(
+    repo_id: str, filename: str, subfolder: str | None, required: bool, hub: dict
+) -> Path | None:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{repo_id} is no folder here; to load it from the hub: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(hf_hub_download(repo_id, filename, subfolder=subfolder, **hub))
+    except EntryNotFoundError as error:
+        if not required:
+            return None
+        raise AdapterFileError(f"{repo_id} on the hub has no {filename}.") from error
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"{repo_id} is no folder here, and the hub did not give its {filename}: {error}"
+        ) from error

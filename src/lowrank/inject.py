@@ -1,0 +1,119 @@
+"""Putting adapters into a model and taking them out again, in place."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from lowrank.errors import AdapterNameError
+from lowrank.layer import LoraLayer
+from lowrank.saved_module import ModulesToSaveWrapper
+from lowrank.targets import Target
+from lowrank.wrappers import Wrapper, adapter_names, base_biases, freeze_base, wrappers
+
+
+def inject(
+    model: nn.Module,
+    targets: list[Target],
+    name: str,
+    *,
+    init: bool | str = True,
+    saved: Sequence[str] = (),
+    bias: str = "none",
+    cast_to_float32: bool = True,
+    meta: bool = False,
+) -> None:
+    """Adds the adapter `name` to the targets of `model`, and freezes everything else.
+
+    saved: paths of modules trained and saved whole. bias: "none", "lora_only" or "all", the biases of the
+    base that are trained. cast_to_float32: adapters in float32 on a bfloat16 or float16 base; else in the
+    base's dtype. meta: adapter tensors on the meta device, to be loaded.
+    The adapter is not active yet. Raises AdapterNameError for an unusable name.
+    """
+    check_name(model, name)
+    freeze_base(model)
+    references = _references(model)
+    for path in saved:
+        _wrap(references, _find(model, path), ModulesToSaveWrapper).add_adapter(name)
+    for target in targets:
+        layer = _wrap(references, _find(model, target.path), partial(LoraLayer, kind=target.kind))
+        low = layer.base_layer._parameters[layer.kind.weight].dtype in (
+            torch.float16,
+            torch.bfloat16,
+        )
+        layer.add_adapter(
+            name,
+            r=target.r,
+            lora_alpha=target.lora_alpha,
+            scaling=target.scaling,
+            dropout=target.dropout,
+            use_dora="dora" in target.method,
+            lora_bias=target.lora_bias,
+            init=init,
+            dtype=torch.float32 if cast_to_float32 and low else None,
+            meta=meta,
+        )
+    for parameter in base_biases(model, bias).values():
+        parameter.requires_grad_(True)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raises AdapterNameError if `name` cannot name a new adapter of `model`."""
+    if (
+        not name
+        or "." in name
+        or "/" in name
+        or name.startswith("__")
+        or hasattr(nn.ModuleDict(), name)
+    ):
+        raise AdapterNameError(
+            f"{name!r} cannot name an adapter: it becomes part of parameter names, so it must not be empty, "
+            'contain "." or "/", begin with "__", or be an attribute of torch.nn.ModuleDict.'
+        )
+    if name in adapter_names(model):
+        raise AdapterNameError(
+            f"There already is an adapter named {name!r}: delete_adapter({name!r}) first, or choose another name."
+        )
+
+
+def eject(model: nn.Module) -> None:
+    """Takes every wrapper out: base layers as they are now (merged or not), saved modules as they run now."""
+    references = _references(model)
+    for _, module in list(wrappers(model)):
+        inner = module.base_layer if isinstance(module, LoraLayer) else module.running_module
+        for parent, attribute in references[id(module)]:
+            setattr(parent, attribute, inner)
+
+
+def _wrap(
+    references: dict[int, list[tuple[nn.Module, str]]], place: nn.Module, make: Callable
+) -> Wrapper:
+    """`place` if it is a wrapper already; else a new one, put under every name that `place` has."""
+    if isinstance(place, LoraLayer | ModulesToSaveWrapper):
+        return place
+    wrapper = make(place)
+    for parent, attribute in references[id(place)]:
+        setattr(parent, attribute, wrapper)
+    return wrapper
+
+
+def _find(model: nn.Module, path: str) -> nn.Module:
+    """What is at `path`, a path as if no adapter were there."""
+    module = model
+    for attribute in path.split("."):
+        if isinstance(module, LoraLayer):
+            module = module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        module = module._modules[attribute]  # type: ignore[assignment]
+    return module
+
+
+def _references(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """For the id of each module, every (parent, attribute) that holds it."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, module in parent._modules.items():
+            found.setdefault(id(module), []).append((parent, attribute))
+    return found

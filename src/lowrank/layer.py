@@ -1,0 +1,396 @@
+"""`LoraLayer`: a frozen base layer with any number of adapters on it, under PEFT's parameter names.
+
+One forward and one merge serve every kind of layer: what differs is in the `Kind` (lowrank.bases.kinds).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lowrank.bases.kinds import EMBEDDING, Kind
+from lowrank.errors import AdapterNameError, MergeError
+from lowrank.init import EMBEDDING_INITS, INITS
+from lowrank.lora import Lora, initial_magnitude, merged_weight_norm, weight_change
+
+
+class Factor(nn.Module):
+    """One named tensor of an adapter (A, B or the magnitude), so that its parameter ends in `.weight`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {self.weight.dtype}"
+
+
+class LoraLayer(nn.Module):
+    """`base_layer` with adapters. Attributes of the base layer (`in_features`, `weight`, …) answer as before.
+
+    r, lora_alpha, scaling, use_dora, lora_bias: by adapter name. `merged_adapters` are those whose change
+    is in the base weight at present.
+    """
+
+    adapter_layer_names = (
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+    )
+
+    def __init__(self, base_layer: nn.Module, kind: Kind):
+        super().__init__()
+        self.base_layer = base_layer
+        self.kind = kind
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._active: list[str] = []
+        self._disabled = False
+        self._initial_scaling: dict[str, float] = {}
+        self._unmerged: Any = None  # snapshot of the weight and bias while something is merged
+        self._merge_again: list[str] = []  # what was merged when the adapters were disabled
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            hidden = name == "reset_parameters" or (
+                name.startswith("_") and name != "_qkv_same_embed_dim"
+            )
+            if base is None or hidden:
+                raise
+            if self.kind.op is None and name in (self.kind.weight, self.kind.bias):
+                # whoever takes the weight to compute with it, as MultiheadAttention does with its
+                # out_proj, gets the one with the adapters in it
+                return self._weights_with(self._live()).get(name, getattr(base, name))
+            return getattr(base, name)
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind.name!r}, r={self.r}, active={self._active}"
+
+    # --- adapters ---------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        name: str,
+        *,
+        r: int,
+        lora_alpha: float,
+        scaling: float,
+        dropout: float = 0.0,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        init: bool | str = True,
+        dtype: torch.dtype | None = None,
+        meta: bool = False,
+    ) -> None:
+        """A new adapter, not yet active. Its tensors are of `dtype` (None: the base weight's), on the base
+        weight's device, or on the meta device with `meta`, to be filled by loading."""
+        if name in self.r:
+            raise AdapterNameError(f"This layer already has an adapter named {name!r}.")
+        layout = self.kind.layout
+        weight = self.base_layer._parameters[self.kind.weight]
+        shape = self.kind.shape(self.base_layer)
+        device = torch.device("meta") if meta else weight.device
+        dtype = dtype or weight.dtype
+        inits = EMBEDDING_INITS if layout is EMBEDDING else INITS
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            start = inits[init](self.unmerged_weight, shape, r, scaling)
+        A = start.A.to(device, dtype).view(layout.A_shape(weight.shape, shape, r))
+        B = start.B.to(device, dtype).view(layout.B_shape(weight.shape, shape, r))
+        if layout is EMBEDDING:
+            self.lora_embedding_A[name] = nn.Parameter(A)
+            self.lora_embedding_B[name] = nn.Parameter(B)
+        else:
+            bias = torch.zeros(shape[0], device=device, dtype=dtype) if lora_bias else None
+            self.lora_A[name] = Factor(A)
+            self.lora_B[name] = Factor(B, bias)
+        self.r[name], self.lora_alpha[name] = r, lora_alpha
+        self.scaling[name] = self._initial_scaling[name] = scaling
+        self.use_dora[name], self.lora_bias[name] = use_dora, lora_bias
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        if use_dora:
+            with torch.no_grad():
+                W = (
+                    torch.empty(shape, device="meta")
+                    if device.type == "meta"
+                    else self.unmerged_weight()
+                )
+                magnitude = initial_magnitude(W, self.lora(name)).to(dtype)
+            self.lora_magnitude_vector[name] = Factor(
+                magnitude.view(layout.magnitude_shape(weight.shape, shape))
+            )
+        self._set_requires_grad([name], False)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes the adapter, if this layer has it. It must not be merged."""
+        if name in self.merged_adapters:
+            raise MergeError(
+                f"Adapter {name!r} is merged: unmerge_adapter() first, then delete it."
+            )
+        if name not in self.r:
+            return
+        for attribute in self.adapter_layer_names:
+            holder = getattr(self, attribute)
+            if name in holder:
+                del holder[name]
+        del self.lora_dropout[name]
+        for values in (
+            self.r,
+            self.lora_alpha,
+            self.scaling,
+            self.use_dora,
+            self.lora_bias,
+            self._initial_scaling,
+        ):
+            del values[name]
+        self._active = [active for active in self._active if active != name]
+
+    def lora(self, name: str) -> Lora:
+        """The adapter in matrix form; A, B and the magnitude are views of its parameters."""
+        if self.kind.layout is EMBEDDING:
+            A, B, bias = self.lora_embedding_A[name], self.lora_embedding_B[name], None
+        else:
+            A, B, bias = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_B[name].bias
+        magnitude = None
+        if name in self.lora_magnitude_vector:
+            magnitude = self.lora_magnitude_vector[name].weight.reshape(-1)
+        r = self.r[name]
+        return Lora(A.reshape(r, -1), B.reshape(-1, r), self.scaling[name], magnitude, bias)
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by their name within this layer, `lora_A.<name>.weight` and so on."""
+        if self.kind.layout is EMBEDDING:
+            found = {
+                f"lora_embedding_A.{name}": self.lora_embedding_A[name],
+                f"lora_embedding_B.{name}": self.lora_embedding_B[name],
+            }
+        else:
+            found = {
+                f"lora_A.{name}.weight": self.lora_A[name].weight,
+                f"lora_B.{name}.weight": self.lora_B[name].weight,
+            }
+            if self.lora_bias[name]:
+                found[f"lora_B.{name}.bias"] = self.lora_B[name].bias
+        if self.use_dora[name]:
+            found[f"lora_magnitude_vector.{name}.weight"] = self.lora_magnitude_vector[name].weight
+        return found
+
+    # --- which of them act ------------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """These adapters act from now on, and only they can be trained (none, with `inference_mode`)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._active = names
+        self._set_requires_grad(list(self.r), False)
+        if not inference_mode:
+            self._set_requires_grad([name for name in names if name in self.r], True)
+
+    def set_requires_grad(
+        self, adapter_names: str | Iterable[str], requires_grad: bool = True
+    ) -> None:
+        """Makes the parameters of these adapters trainable, or frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._set_requires_grad([name for name in names if name in self.r], requires_grad)
+
+    def _set_requires_grad(self, names: Iterable[str], requires_grad: bool) -> None:
+        for name in names:
+            for parameter in self.adapter_parameters(name).values():
+                parameter.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Disabled, the layer is its base layer. What was merged is taken out, and put back when enabled."""
+        if enabled == (not self._disabled):
+            return
+        self._disabled = not enabled
+        if not enabled and self.merged:
+            self._merge_again = list(self.merged_adapters)
+            self.unmerge()
+        elif enabled and self._merge_again:
+            names, self._merge_again = self._merge_again, []
+            self.merge(adapter_names=names)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """`scale` times the adapter's own scaling."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scaling of the active adapters."""
+        for name in self._active:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides by `scale`, or goes back to each adapter's own scaling."""
+        for name in self._active:
+            if name in self.scaling:
+                self.scaling[name] = (
+                    self._initial_scaling[name] if scale is None else self.scaling[name] / scale
+                )
+
+    def _live(self) -> list[str]:
+        """The adapters that this layer must add itself: active, present and not merged."""
+        if self._disabled:
+            return []
+        return [
+            name for name in self._active if name in self.r and name not in self.merged_adapters
+        ]
+
+    # --- forward ----------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        names = self._live()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if self.kind.op is None:
+            return functional_call(self.base_layer, self._weights_with(names), (x, *args), kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        changes = [self._output_change(name, x, y) for name in names]
+        return y + sum(changes[1:], changes[0])
+
+    def _output_change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """What the adapter adds to `y`, the base layer's output, in y's dtype."""
+        op, lora, base = self.kind.op, self.lora(name), self.base_layer
+        assert op is not None
+        # the small A and B take the dtype of the large x, never the reverse
+        dtype = x.dtype if op.floating else y.dtype
+        h = op.down(base, x, lora.A.to(dtype), self.lora_dropout[name]) * lora.scaling
+        z = op.up(base, h, lora.B.to(dtype)).to(y.dtype)
+        along = [1] * y.ndim
+        along[op.channel] = -1
+        if lora.bias is not None:
+            z = z + (lora.bias * lora.scaling).to(y.dtype).view(along)
+        if lora.magnitude is None:
+            return z
+        # Liu et al. 2024, eq. 5: y = c·(W + ΔW)x + b with c = m / ‖W + ΔW‖
+        c = (
+            (lora.magnitude / merged_weight_norm(self.unmerged_weight(), lora))
+            .to(y.dtype)
+            .view(along)
+        )
+        bias = getattr(base, self.kind.bias, None)
+        without_bias = y if bias is None else y - bias.to(y.dtype).view(along)
+        return (c - 1) * without_bias + c * z
+
+    def _weights_with(self, names: list[str]) -> dict[str, Tensor]:
+        """The base layer's weight, and its bias if one changes, with the adapters in them; with autograd."""
+        if not names:
+            return {}
+        store = self.kind.store(self.base_layer)
+        W, original = store.read(), self.unmerged_weight()
+        change = sum(weight_change(original, self.lora(name)) for name in names)
+        found = {self.kind.weight: store.shaped((W + change).to(W.dtype))}
+        biases = [
+            lora.bias * lora.scaling for lora in map(self.lora, names) if lora.bias is not None
+        ]
+        if biases:
+            bias = getattr(self.base_layer, self.kind.bias)
+            found[self.kind.bias] = (bias + sum(biases)).to(bias.dtype)
+        return found
+
+    # --- merge ------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the adapters (None: the active ones) to the base weight, in float32.
+
+        The merged weight is always made from the unmerged one, so that merging one by one rounds once.
+        `safe_merge` is accepted for compatibility: every merge is checked. Raises MergeError, with the base
+        untouched, if the result is not finite or a bias has nowhere to go.
+        """
+        wanted = self._active if adapter_names is None else adapter_names
+        new = [name for name in wanted if name in self.r and name not in self.merged_adapters]
+        if not new:
+            return
+        names = self.merged_adapters + new
+        left = [name for name in self._active if name in self.r and name not in names]
+        if any(self.use_dora[name] for name in left):
+            raise MergeError(
+                f"Adapters {left} use DoRA and stay active: merge them together with {new}, or none."
+            )
+        loras = [self.lora(name) for name in names]
+        store, base = self.kind.store(self.base_layer), self.base_layer
+        with torch.no_grad():
+            W = self.unmerged_weight()
+            accumulation = torch.promote_types(W.dtype, torch.float32)
+            merged = (W.to(accumulation) + sum(weight_change(W, lora) for lora in loras)).to(
+                W.dtype
+            )
+            if not torch.isfinite(merged).all():
+                raise MergeError(
+                    f"Merging {names} gives NaN or infinity in {W.dtype}; the base is untouched."
+                )
+            biases = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
+            bias = self._unmerged[1] if self._unmerged else getattr(base, self.kind.bias, None)
+            if biases and bias is None:
+                raise MergeError(
+                    f"Adapters {names} have a bias (lora_bias=True) and the base layer has none to add it to."
+                )
+            if self._unmerged is None:
+                self._unmerged = (store.snapshot(), bias)
+            store.write(merged)
+            if biases:
+                value = (bias.float() + sum(biases)).to(bias.dtype)
+                base._parameters[self.kind.bias] = nn.Parameter(
+                    value, requires_grad=bias.requires_grad
+                )
+        self.merged_adapters = names
+
+    def unmerge(self) -> None:
+        """Puts the base weight back as it was before the merge, every bit of it."""
+        if self._unmerged is None:
+            return
+        weight, bias = self._unmerged
+        self.kind.store(self.base_layer).restore(weight)
+        if bias is not None:
+            self.base_layer._parameters[self.kind.bias] = bias
+        self._unmerged, self.merged_adapters = None, []
+
+    def forget_unmerged(self) -> None:
+        """Makes what is merged final: the unmerged weight is let go, and `unmerge` does nothing."""
+        self._unmerged = None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, in that weight's own shape; float32."""
+        change = weight_change(self.unmerged_weight(), self.lora(adapter))
+        return self.kind.store(self.base_layer).shaped(change)
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def unmerged_weight(self) -> Tensor:
+        """W (out, in) without any adapter in it."""
+        store = self.kind.store(self.base_layer)
+        return store.read() if self._unmerged is None else store.read_snapshot(self._unmerged[0])

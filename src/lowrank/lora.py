@@ -1,0 +1,96 @@
+"""The mathematics of one adapter at one weight. Tensors in, tensors out; no module, file or config.
+
+Notation: W (out, in) is the pretrained weight, A (r, in) and B (out, r) the adapter's factors. A
+leading `*expert` dimension, where there is one, runs over the experts of a fused layer.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import ShapeError
+
+
+class Lora(NamedTuple):
+    """One adapter at one weight, in matrix form."""
+
+    A: Tensor  # (*expert, r, in)
+    B: Tensor  # (*expert, out, r)
+    scaling: float
+    magnitude: Tensor | None = None  # (*expert, out)  DoRA
+    bias: Tensor | None = None  # (out,)  lora_bias
+
+
+def scaling_for(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """`lora_alpha / r` (Hu et al. 2021, §4.1), or `lora_alpha / √r` (rsLoRA: Kalajdzievski 2023, eq. 4)."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def delta_weight(lora: Lora) -> Tensor:
+    """ΔW = scaling·B·A, (*expert, out, in), in the factors' dtype but at least float32."""
+    dtype = _accumulation_dtype(lora.A)
+    return (lora.B.to(dtype) @ lora.A.to(dtype)) * lora.scaling
+
+
+def merged_weight(W: Tensor, lora: Lora) -> Tensor:
+    """The weight that, alone, acts as `W` with `lora` on top.
+
+    W: (*expert, out, in), any float dtype. Returns a new tensor of W's shape and dtype.
+    LoRA: W + ΔW (Hu et al. 2021, §4.1). DoRA: m ⊙ V / ‖V‖ by row, V = W + ΔW (Liu et al. 2024, eq. 5);
+    the norm is a constant for the gradient (ibid., §4.3).
+    The sum is taken in float32 (float64 for a float64 W); rounding to W's dtype is the only loss.
+    Raises ShapeError if `lora` was made for another shape.
+    """
+    return (W.to(_accumulation_dtype(W)) + weight_change(W, lora)).to(W.dtype)
+
+
+def weight_change(W: Tensor, lora: Lora) -> Tensor:
+    """What `lora` adds to `W`, as a tensor of W's shape in float32 (float64 for a float64 W).
+
+    For LoRA this is ΔW; for DoRA, m ⊙ V / ‖V‖ − W. Several adapters on one weight add up.
+    """
+    check_shapes(W.shape, lora)
+    dtype = _accumulation_dtype(W)
+    delta = delta_weight(lora).to(dtype)
+    if lora.magnitude is None:
+        return delta
+    W = W.to(dtype)
+    V = W + delta
+    norm = torch.linalg.vector_norm(V, dim=-1).detach()
+    return (lora.magnitude.to(dtype) / norm).unsqueeze(-1) * V - W
+
+
+def merged_weight_norm(W: Tensor, lora: Lora) -> Tensor:
+    """‖W + ΔW‖ by row, (*expert, out), in float32 (float64 for a float64 W), without forming ΔW.
+
+    ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ for each row w of W and b of B: the largest
+    tensor besides W is (out, r). The result is a constant for the gradient.
+    """
+    dtype = _accumulation_dtype(W)
+    with torch.no_grad():
+        W, A, B = W.to(dtype), lora.A.to(dtype), lora.B.to(dtype) * lora.scaling
+        cross = ((W @ A.mT) * B).sum(-1)
+        square = ((B @ (A @ A.mT)) * B).sum(-1)
+        return (W.square().sum(-1) + 2 * cross + square).clamp_min(0).sqrt()
+
+
+def initial_magnitude(W: Tensor, lora: Lora) -> Tensor:
+    """DoRA's m at the start: ‖W + ΔW‖ by row (Liu et al. 2024, §4.1), (*expert, out), so that W′ = W + ΔW."""
+    return torch.linalg.vector_norm(W.to(_accumulation_dtype(W)) + delta_weight(lora), dim=-1)
+
+
+def check_shapes(W_shape: torch.Size, lora: Lora) -> None:
+    """Raises ShapeError unless A is (*expert, r, in) and B is (*expert, out, r) for W (*expert, out, in)."""
+    *expert, out, in_ = W_shape
+    r = lora.A.shape[-2] if lora.A.ndim >= 2 else -1
+    if tuple(lora.A.shape) != (*expert, r, in_) or tuple(lora.B.shape) != (*expert, out, r):
+        raise ShapeError(
+            f"A {tuple(lora.A.shape)} and B {tuple(lora.B.shape)} do not fit a weight of "
+            f"(out, in) = {tuple(W_shape)}: A must be (r, {in_}) and B ({out}, r) with the same r."
+        )
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

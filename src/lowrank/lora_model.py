@@ -1,0 +1,204 @@
+"""Adapters in a whole model: adding one, and `LoraModel`, which acts on all of its layers at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.config import LoraConfig
+from lowrank.errors import AdapterNameError, ConfigError, did_you_mean
+from lowrank.inject import check_name, inject
+from lowrank.log import logger
+from lowrank.targets import plan, resolved, saved_modules
+from lowrank.unload import merge_all, unload, unmerge_all
+from lowrank.wrappers import adapter_parameters, freeze_base, wrappers
+
+
+class LoraModel(nn.Module):
+    """A model with adapters in it, and what can be done to all of its layers at once.
+
+    Sits between PeftModel and the base model (`base_model.model`), as in PEFT, so that parameter names
+    agree. Attributes of the base model answer as before.
+    """
+
+    prefix = "lora_"
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.active_adapter: str | list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return (
+            [self.active_adapter]
+            if isinstance(self.active_adapter, str)
+            else list(self.active_adapter)
+        )
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these adapters, and no others, act and (without `inference_mode`) trainable.
+
+        Raises AdapterNameError for an unknown name. A merge is undone first, with a warning in the log.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.check_known(names)
+        if any(getattr(module, "merged", False) for _, module in wrappers(self.model)):
+            logger.warning("set_adapter(%r) undoes the merge that was in place.", adapter_name)
+            unmerge_all(self.model)
+        for _, module in wrappers(self.model):
+            module.set_adapter(names, inference_mode=inference_mode)
+        self.active_adapter = names[0] if len(names) == 1 else names
+
+    def enable_adapter_layers(self) -> None:
+        """Lets the active adapters act again; what was merged is merged again."""
+        for _, module in wrappers(self.model):
+            module.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """From now on the model is its base, until `enable_adapter_layers`."""
+        trained = [name for name, config in self.peft_config.items() if config.bias != "none"]
+        if trained:
+            logger.warning(
+                "Adapters %s trained biases of the base itself (bias=…): disabling leaves those changed.",
+                trained,
+            )
+        for _, module in wrappers(self.model):
+            module.enable_adapters(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter for good. If it was the only active one, the first that is left becomes active."""
+        self.check_known([adapter_name])
+        for _, module in wrappers(self.model):
+            module.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        left = [name for name in self.active_adapters if name != adapter_name] or list(
+            self.peft_config
+        )[:1]
+        if left:
+            self.set_adapter(left, inference_mode=self.peft_config[left[0]].inference_mode)
+        else:
+            self.active_adapter = []
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Adds the adapters (None: the active ones) to the base weights; `unmerge_adapter` takes them out.
+
+        Raises MergeError with the base untouched.
+        """
+        self.check_known(adapter_names or [])
+        merge_all(self.model, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Puts back the base weights as they were before any merge, every bit of them."""
+        unmerge_all(self.model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """The base model with the adapters merged into its weights, and no trace of lowrank left in it.
+
+        safe_merge: keep all unmerged weights in memory until every layer is merged, so that a failure
+        leaves the base untouched. A tied pair of embeddings is untied where the merge changes one of them,
+        in the weights and in the configuration.
+        """
+        self.check_known(adapter_names or [])
+        return unload(self.model, merge=True, adapter_names=adapter_names, keep_base=safe_merge)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters."""
+        return unload(self.model, merge=False)
+
+    def check_known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterNameError(
+                    f"There is no adapter named {name!r}; there are: {', '.join(self.peft_config) or 'none'}."
+                    + did_you_mean(name, self.peft_config)
+                )
+
+
+def inject_adapter_in_model(
+    peft_config: LoraConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Adds an active adapter to `model` in place, without a wrapper around it; sets `model.peft_config`."""
+    if state_dict is not None:
+        raise ConfigError(
+            "inject_adapter_in_model(state_dict=…) is not supported yet; name the layers in target_modules."
+        )
+    config = add_to_model(model, peft_config, adapter_name, True, low_cpu_mem_usage)
+    model.peft_config = {**getattr(model, "peft_config", {}), adapter_name: config}
+    for _, module in wrappers(model):
+        module.set_adapter(adapter_name, inference_mode=config.inference_mode)
+    return model
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict | None = None,
+) -> nn.Module:
+    """Freezes the base, puts its 16-bit parameters into float32, and turns gradient checkpointing on.
+
+    An adapter that is already there is left alone, so that this and `get_peft_model` may come in either
+    order.
+    """
+    ours = {id(parameter) for _, parameter in adapter_parameters(model)}
+    freeze_base(model)
+    for parameter in model.parameters():
+        if id(parameter) not in ours and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    if use_gradient_checkpointing:
+        let_gradients_in(model)
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {}
+        )
+    return model
+
+
+def add_to_model(
+    model: nn.Module, config: LoraConfig, name: str, cast_to_float32: bool, meta: bool
+) -> LoraConfig:
+    """Plans and injects; returns the configuration with its targets spelled out."""
+    check_name(model, name)
+    targets = plan(model, config)
+    saved = saved_modules(model, config)
+    config = resolved(model, config, targets, saved)
+    inject(
+        model,
+        targets,
+        name,
+        init=config.init_lora_weights,
+        saved=saved,
+        bias=config.bias,
+        cast_to_float32=cast_to_float32,
+        meta=meta,
+    )
+    return config
+
+
+def let_gradients_in(model: nn.Module) -> None:
+    """With checkpointing and a frozen base, the first block's input must require a gradient to pass any back."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()

@@ -1,0 +1,458 @@
+"""PEFT's public names on lowrank's objects: `get_peft_model`, `PeftModel` and what goes with them."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank import __version__
+from lowrank.adapter_file import Adapter, read_tensors, write_adapter
+from lowrank.card import write_card
+from lowrank.config import LoraConfig, PeftConfig, TaskType
+from lowrank.errors import (
+    AdapterNameError,
+    BaseMismatchError,
+    ConfigError,
+    MissingExtraError,
+    NotTrainableError,
+)
+from lowrank.fingerprint import differences, fingerprint
+from lowrank.log import logger
+from lowrank.lora_model import LoraModel, add_to_model, let_gradients_in
+from lowrank.state import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
+from lowrank.unload import unload
+from lowrank.wrappers import adapter_names, wrappers
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters, with PEFT's methods. Made by `get_peft_model` or `from_pretrained`.
+
+    `base_model` is the LoraModel, `base_model.model` the model itself. Everything that is not named here
+    (`generate`, `config`, `save_…`) is the base model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ):
+        super().__init__()
+        self.base_model = LoraModel(model)
+        self.run_settings: dict[str, Any] = {}
+        self.initial_vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+        self._check_trainable = False
+        config = add_to_model(
+            model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+        )
+        self.base_model.peft_config[adapter_name] = config
+        self.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        if getattr(model, "is_gradient_checkpointing", False):
+            let_gradients_in(model)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse_adapter_names(kwargs)
+        if self._check_trainable and self.training and torch.is_grad_enabled():
+            self._check_trainable = False
+            if not any(parameter.requires_grad for parameter in self.parameters()):
+                raise NotTrainableError(
+                    f"Nothing in this model can be trained: adapter {self.active_adapter!r} was loaded for inference. "
+                    "Load it with is_trainable=True, or set_adapter() it; for dropout at inference, use torch.no_grad()."
+                )
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the active adapters."""
+        _refuse_adapter_names(kwargs)
+        base: Any = self.get_base_model()
+        return base.generate(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "PeftModel":
+        super().train(mode)
+        self._check_trainable = mode
+        return self
+
+    def get_base_model(self) -> nn.Module:
+        """The base model; the adapters are still in it."""
+        return self.base_model.model
+
+    # --- adapters ---------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """Each adapter's configuration, by name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.base_model.active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def peft_type(self) -> str | None:
+        return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names of the modules that some adapter saves whole."""
+        names = {
+            name for config in self.peft_config.values() for name in config.modules_to_save or []
+        }
+        return names or None
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """One more adapter, new and not active. Raises AdapterNameError if the name is taken."""
+        if peft_config.bias != "none" or any(
+            config.bias != "none" for config in self.peft_config.values()
+        ):
+            raise ConfigError(
+                "bias='all' or 'lora_only' trains the base's own biases, which several adapters cannot share."
+            )
+        self.peft_config[adapter_name] = add_to_model(
+            self.get_base_model(),
+            peft_config,
+            adapter_name,
+            autocast_adapter_dtype,
+            low_cpu_mem_usage,
+        )
+        self.set_adapter(self.active_adapter, inference_mode=self.active_peft_config.inference_mode)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these adapters, and no others, act and (without `inference_mode`) trainable."""
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter for good."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model is its base; afterwards everything is as before, merges included."""
+        disabled_before = any(module.disable_adapters for _, module in wrappers(self))
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if not disabled_before:
+                self.base_model.enable_adapter_layers()
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Makes the parameters of these adapters trainable, or frozen."""
+        for _, module in wrappers(self):
+            module.set_requires_grad(adapter_names, requires_grad)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters, adapters counted in both."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints one line: trainable parameters, all parameters, and the share in per cent."""
+        trainable, everything = self.get_nb_trainable_parameters()
+        share = 100 * trainable / everything
+        print(
+            f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}"
+        )
+
+    # --- saving and loading -----------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes each adapter as PEFT does: "default" into the folder itself, others into one of their name.
+
+        The files are read back and compared before they replace older ones. Beside PEFT's fields the
+        header of the safetensors file holds the base's fingerprint, versions and `self.run_settings`.
+        """
+        if not safe_serialization:
+            raise ConfigError(
+                "safe_serialization=False would write a pickle; only safetensors are written."
+            )
+        if path_initial_model_for_weight_conversion is not None:
+            raise ConfigError(
+                "path_initial_model_for_weight_conversion belongs to initialisations that are not supported yet."
+            )
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self.base_model.check_known(names)
+        for name in names:
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            tensors = get_peft_model_state_dict(
+                self,
+                state_dict=state_dict,
+                adapter_name=name,
+                save_embedding_layers=save_embedding_layers,
+            )
+            if is_main_process:
+                config = dataclasses.replace(self.peft_config[name], inference_mode=True)
+                write_adapter(folder, Adapter(config, tensors, self._metadata(name)))
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
+
+    def _metadata(self, name: str) -> dict[str, Any]:
+        versions = {"lowrank": __version__, "torch": torch.__version__}
+        found: dict[str, Any] = {"versions": versions, "base": fingerprint(self, name)}
+        if self.run_settings:
+            found["run"] = self.run_settings
+        return found
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Writes a README.md for the hub, unless there is one."""
+        write_card(Path(output_dir), next(iter(self.peft_config.values())))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload LoRA adapter",
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save_arguments: Any,
+    ) -> Any:
+        """Saves the adapters into a temporary folder and uploads it. Returns huggingface_hub's CommitInfo."""
+        try:
+            from huggingface_hub import HfApi
+        except ImportError as error:
+            raise MissingExtraError("push_to_hub needs: pip install huggingface_hub") from error
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_arguments)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        strict: bool = True,
+        check_base: bool = True,
+        ignore_unknown: bool = False,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> "PeftModel":
+        """`model` with the adapter in a folder or on the hub; for inference, unless `is_trainable`.
+
+        strict=False: load what fits although tensors are missing or unexpected. check_base=False: load
+        although the base's fingerprint differs. ignore_unknown: drop unknown keys of its configuration.
+        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+        Raises AdapterFileError, ConfigError, TargetError, AdapterMismatchError or BaseMismatchError; the
+        model is then as it was.
+        """
+        if config is None:
+            config = PeftConfig.from_pretrained(
+                model_id, subfolder, ignore_unknown=ignore_unknown, **kwargs
+            )
+        config = dataclasses.replace(config, inference_mode=not is_trainable)
+        trainable = [parameter.requires_grad for parameter in model.parameters()]
+        wrapped = _class_for(config)(
+            model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=strict
+        )
+        try:
+            wrapped.load_adapter(
+                model_id,
+                adapter_name,
+                is_trainable,
+                strict=strict,
+                check_base=check_base,
+                subfolder=subfolder,
+                **kwargs,
+            )
+        except Exception:
+            unload(model, merge=False)
+            for parameter, requires_grad in zip(model.parameters(), trainable, strict=True):
+                parameter.requires_grad_(requires_grad)
+            raise
+        return wrapped
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        *,
+        strict: bool = True,
+        check_base: bool = True,
+        ignore_unknown: bool = False,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> LoadResult:
+        """Loads an adapter beside those that are there; it is not active yet. An existing name's tensors are replaced.
+
+        Options and errors as in `from_pretrained`.
+        """
+        tensors, metadata = read_tensors(model_id, subfolder=subfolder, **kwargs)
+        new = adapter_name not in self.peft_config
+        if new:
+            config = PeftConfig.from_pretrained(
+                model_id, subfolder, ignore_unknown=ignore_unknown, **kwargs
+            )
+            config = dataclasses.replace(config, inference_mode=not is_trainable)
+            self.add_adapter(adapter_name, config, strict, autocast_adapter_dtype)
+        try:
+            if check_base:
+                _check_base(self, adapter_name, metadata, model_id)
+            result = set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
+        except Exception:
+            if new:
+                self.delete_adapter(adapter_name)
+            raise
+        if adapter_name in self.active_adapters:
+            self.set_adapter(self.active_adapter, inference_mode=not is_trainable)
+        if not is_trainable:
+            self.eval()
+        return result
+
+
+class PeftModelForCausalLM(PeftModel):
+    """task_type CAUSAL_LM."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """task_type SEQ_2_SEQ_LM."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """task_type SEQ_CLS: the classifier head is trained and saved whole."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """task_type TOKEN_CLS: the classifier head is trained and saved whole."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """task_type QUESTION_ANS: the qa_outputs head is trained and saved whole."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """task_type FEATURE_EXTRACTION."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """`model` with a new adapter, ready to train; the model is changed in place.
+
+    autocast_adapter_dtype: the adapter is float32 also on a bfloat16 or float16 base; False keeps the
+    base's dtype. low_cpu_mem_usage: the adapter's tensors stay on the meta device, to be loaded.
+    Raises TargetError with everything in the configuration that does not fit the model.
+    """
+    if mixed:
+        raise ConfigError("mixed=True mixes adapter methods; lowrank does LoRA only.")
+    if isinstance(model, PeftModel) or adapter_names(model):
+        raise AdapterNameError(
+            f"This model already carries adapters ({', '.join(adapter_names(model))}): add_adapter(name, config) adds "
+            "one more, unload() takes them out."
+        )
+    name = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    config = dataclasses.replace(
+        peft_config, base_model_name_or_path=name, revision=revision or peft_config.revision
+    )
+    return _class_for(config)(
+        model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+    )
+
+
+def _class_for(config: LoraConfig) -> type[PeftModel]:
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
+
+
+def _check_base(model: PeftModel, name: str, metadata: dict[str, Any], where: Any) -> None:
+    saved = metadata.get("base")
+    if not saved:
+        logger.warning(
+            "%s carries no fingerprint of its base model, so the base could not be checked.", where
+        )
+        return
+    found = differences(saved, fingerprint(model, name))
+    if found:
+        rest = f"\n  … and {len(found) - 5} more" if len(found) > 5 else ""
+        raise BaseMismatchError(
+            f"{where} was trained on another base ({saved['architecture']}) than this {type(model.get_base_model()).__name__}:\n  "
+            + "\n  ".join(found[:5])
+            + rest
+            + f"\nLoad the base that it was trained on ({model.peft_config[name].base_model_name_or_path or 'its name was not saved'}), "
+            "or pass check_base=False to use it here all the same."
+        )
+
+
+def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise ConfigError(
+            "adapter_names=… (several adapters in one batch) is not supported yet; use set_adapter()."
+        )

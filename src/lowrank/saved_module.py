@@ -1,0 +1,104 @@
+"""`ModulesToSaveWrapper`: a module of which each adapter trains and saves a whole copy of its own."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lowrank.errors import AdapterNameError
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """`original_module`, frozen, beside one trainable copy for each adapter, under PEFT's names.
+
+    The copy of the active adapter runs; without one, or disabled, the original does.
+    """
+
+    adapter_layer_names = ("modules_to_save",)
+
+    def __init__(self, original_module: nn.Module):
+        super().__init__()
+        self.original_module = original_module.requires_grad_(False)
+        self.modules_to_save = nn.ModuleDict()
+        self._active: list[str] = []
+        self._disabled = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if (
+                "original_module" not in modules
+                or "modules_to_save" not in modules
+                or name.startswith("_")
+            ):
+                raise
+            return getattr(self.running_module, name)
+
+    @property
+    def running_module(self) -> nn.Module:
+        """The module that forward uses now."""
+        names = (
+            []
+            if self._disabled
+            else [name for name in self._active if name in self.modules_to_save]
+        )
+        return self.modules_to_save[names[0]] if names else self.original_module
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [name for name in self._active if name in self.modules_to_save]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    def add_adapter(self, name: str) -> None:
+        """A copy of the original module for the adapter, not yet active."""
+        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(False)
+
+    def delete_adapter(self, name: str) -> None:
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+            self._active = [active for active in self._active if active != name]
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        if name not in self.modules_to_save:
+            return {}
+        return {
+            f"modules_to_save.{name}.{key}": p
+            for key, p in self.modules_to_save[name].named_parameters()
+        }
+
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Raises AdapterNameError if more than one of them has a copy: two whole modules do not add up."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        present = [name for name in names if name in self.modules_to_save]
+        if len(present) > 1:
+            raise AdapterNameError(
+                f"Adapters {present} each have their own copy of the same module (modules_to_save): only one "
+                "of them can be active at a time."
+            )
+        self._active = names
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in names and not inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Iterable[str], requires_grad: bool = True
+    ) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disabled = not enabled
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.running_module(*args, **kwargs)

@@ -1,0 +1,241 @@
+"""An adapter's tensors out of a model and into one, under the keys of PEFT's files."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.config import LoraConfig
+from lowrank.errors import AdapterFileError, AdapterMismatchError, did_you_mean
+from lowrank.hub import adapter_file
+from lowrank.layer import LoraLayer
+from lowrank.wrappers import base_biases, wrappers
+
+_SHOWN = 8
+
+
+class LoadResult(NamedTuple):
+    """What did not fit when tensors were loaded with strict=False."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """For every key of the adapter's file, the name of its parameter or buffer in `model`."""
+    keys = {}
+    for path, wrapper in wrappers(model):
+        prefix = f"{path}." if path else ""
+        if isinstance(wrapper, LoraLayer):
+            names = wrapper.adapter_parameters(adapter_name) if adapter_name in wrapper.r else {}
+            for name in names:
+                keys[prefix + _without_name(name, adapter_name)] = prefix + name
+        elif adapter_name in wrapper.modules_to_save:
+            for name in wrapper.modules_to_save[adapter_name].state_dict():
+                keys[prefix + name] = f"{prefix}modules_to_save.{adapter_name}.{name}"
+    bias = getattr(_config(model, adapter_name), "bias", "none")
+    keys.update({name: name for name in base_biases(model, bias)})
+    return keys
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter, by the keys of PEFT's files; views of the parameters, sharded ones gathered.
+
+    state_dict: the model's state, where a trainer has gathered it; else taken from the model.
+    save_embedding_layers: True adds the base's input and output embeddings, "auto" does so if the
+        vocabulary is not the size that the base's own configuration says.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    keys = adapter_keys(model, adapter_name)
+    keep = save_embedding_layers
+    if keep == "auto":
+        keep = _vocabulary_changed(model, _config(model, adapter_name))
+    if keep:
+        keys = {**{name: name for name in embedding_keys(model, adapter_name)}, **keys}
+    state = model.state_dict() if state_dict is None else state_dict
+    lost = [name for name in keys.values() if name not in state]
+    if lost:
+        raise AdapterMismatchError(
+            f"state_dict lacks {len(lost)} of the adapter's {len(keys)} tensors: {lost[:3]}."
+        )
+    return {key: _whole(state[name]) for key, name in keys.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    strict: bool = True,
+) -> LoadResult:
+    """Loads an adapter's tensors, by the keys of PEFT's files, into the adapter of that name.
+
+    Each tensor takes the dtype and device of the parameter that it fills (a meta parameter: the base
+    weight's device). Everything is compared first: raises AdapterMismatchError with all missing,
+    unexpected and wrongly shaped tensors, and then nothing was loaded. strict=False tolerates the first
+    two and returns them; ignore_mismatched_sizes tolerates the third.
+    """
+    del low_cpu_mem_usage  # parameters on the meta device are always filled by assignment
+    keys = adapter_keys(model, adapter_name)
+    tensors = {key: t for key, t in peft_model_state_dict.items() if not _redundant(key)}
+    optional = {name: name for name in embedding_keys(model, adapter_name)}
+    missing = [key for key in keys if key not in tensors]
+    unexpected = [key for key in tensors if key not in keys and key not in optional]
+    target = {**optional, **keys}
+    parameters = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers()),
+    }
+    wrong = {
+        key: (tuple(tensors[key].shape), tuple(parameters[name].shape))
+        for key, name in target.items()
+        if key in tensors and tensors[key].shape != parameters[name].shape
+    }
+    if (wrong and not ignore_mismatched_sizes) or (strict and (missing or unexpected)):
+        raise AdapterMismatchError(_mismatch_text(keys, missing, unexpected, wrong, optional))
+    with torch.no_grad():
+        for key, name in target.items():
+            if key in tensors and key not in wrong:
+                _fill(model, name, parameters[name], tensors[key])
+    return LoadResult(missing, unexpected)
+
+
+def embedding_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """The names of the base's input and output embedding tensors, unless the adapter has its own of them."""
+    ours = set(adapter_keys(model, adapter_name))
+    found = []
+    modules = {id(module): path for path, module in model.named_modules()}
+    for embedding in _embeddings(model):
+        module = embedding.base_layer if isinstance(embedding, LoraLayer) else embedding
+        path = modules.get(id(module))
+        if path is not None:
+            found += [
+                f"{path}.{name}" for name in module.state_dict() if f"{path}.{name}" not in ours
+            ]
+    return [name for name in found if not _redundant(name)]
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, get)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(module, nn.Module):
+            yield module
+
+
+def _vocabulary_changed(model: nn.Module, config: LoraConfig | None) -> bool:
+    """Whether the model's vocabulary differs in size from that of the base on disk or in the hub's cache."""
+    now = _vocab_size(getattr(model, "config", None))
+    before = getattr(model, "initial_vocab_size", now)
+    name = getattr(config, "base_model_name_or_path", None)
+    if now is None or name is None:
+        return now != before
+    try:
+        path = adapter_file(
+            name, "config.json", required=False, local_files_only=True, revision=config.revision
+        )
+    except (AdapterFileError, ImportError):
+        path = None
+    if path is None:
+        return now != before
+    values = LoraConfig.from_json_file(path)
+    on_disk = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size", now))
+    return now != before or now != on_disk
+
+
+def _vocab_size(config: Any) -> int | None:
+    if config is None:
+        return None
+    text = getattr(config, "get_text_config", None)
+    return getattr(text() if text else config, "vocab_size", None)
+
+
+def _config(model: nn.Module, adapter_name: str) -> LoraConfig | None:
+    return getattr(model, "peft_config", {}).get(adapter_name)
+
+
+def _without_name(name: str, adapter_name: str) -> str:
+    """`lora_A.default.weight` -> `lora_A.weight`; PEFT's files have `lora_magnitude_vector` without `.weight`."""
+    short = name.replace(f".{adapter_name}", "", 1)
+    return "lora_magnitude_vector" if short == "lora_magnitude_vector.weight" else short
+
+
+def _redundant(key: str) -> bool:
+    """Keys that PEFT writes with bias="all" beside the same tensor under its proper key."""
+    return ".original_module." in key or ".modules_to_save." in key
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over processes, gathered; any other as it is. Collective."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
+
+
+def _fill(model: nn.Module, name: str, parameter: Tensor, tensor: Tensor) -> None:
+    if parameter.device.type != "meta":
+        parameter.copy_(tensor)
+        return
+    path, _, attribute = name.rpartition(".")
+    owner: Any = model.get_submodule(path)
+    device = _device_of_base(model, name)
+    value = nn.Parameter(
+        tensor.to(device, parameter.dtype, copy=True), requires_grad=parameter.requires_grad
+    )
+    owner._parameters[attribute] = value
+
+
+def _device_of_base(model: nn.Module, name: str) -> torch.device:
+    layers = [
+        layer
+        for path, layer in wrappers(model)
+        if isinstance(layer, LoraLayer) and name.startswith(f"{path}.")
+    ]
+    layer = max(layers, key=lambda layer: len(layer.r), default=None)
+    return layer.unmerged_weight().device if layer is not None else torch.device("cpu")
+
+
+def _mismatch_text(
+    keys: dict[str, str],
+    missing: list[str],
+    unexpected: list[str],
+    wrong: dict[str, tuple[tuple, tuple]],
+    embeddings: dict[str, str],
+) -> str:
+    total = len(missing) + len(unexpected) + len(wrong)
+    lines = [f"This adapter does not fit this model: {total} of {len(keys)} tensors."]
+    for what, found in (
+        ("missing from the file", [(key, "") for key in missing]),
+        ("in the file but not in the model", [(key, _near(key, missing)) for key in unexpected]),
+        ("of another shape", [(key, f"   file {a}   model {b}") for key, (a, b) in wrong.items()]),
+    ):
+        if found:
+            lines.append(f"{len(found)} {what}:")
+            lines += [
+                f"  {key.removeprefix('base_model.model.')}{detail}"
+                for key, detail in found[:_SHOWN]
+            ]
+            lines += [f"  … and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    resized = [wrong[key][0][0] for key in wrong if key in embeddings]
+    if resized:
+        lines.append(
+            f"The adapter was saved with a vocabulary of {resized[0]}: model.resize_token_embeddings({resized[0]}) before loading."
+        )
+    if missing or unexpected:
+        lines.append("strict=False loads what fits and leaves the rest as it is.")
+    return "\n".join(lines)
+
+
+def _near(key: str, missing: list[str]) -> str:
+    return did_you_mean(key, missing) if missing else ""

@@ -1,0 +1,69 @@
+"""Finding what lowrank has put into a model: its layers, adapters and their parameters."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lowrank.layer import LoraLayer
+from lowrank.saved_module import ModulesToSaveWrapper
+
+Wrapper = LoraLayer | ModulesToSaveWrapper
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    """Every LoraLayer and ModulesToSaveWrapper with its path in the model as it is now."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer | ModulesToSaveWrapper):
+            yield path, module
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Every LoraLayer with its path in the model as it is now."""
+    return ((path, module) for path, module in wrappers(model) if isinstance(module, LoraLayer))
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters in `model`, in the order in which they came."""
+    names: dict[str, None] = {}
+    for _, module in wrappers(model):
+        names.update(
+            dict.fromkeys(module.r if isinstance(module, LoraLayer) else module.modules_to_save)
+        )
+    return list(names)
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter that belongs to an adapter, by its name in the model as it is now."""
+    for path, module in wrappers(model):
+        names = list(module.r) if isinstance(module, LoraLayer) else list(module.modules_to_save)
+        for name in names:
+            for key, parameter in module.adapter_parameters(name).items():
+                yield f"{path}.{key}" if path else key, parameter
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freezes every parameter that belongs to no adapter."""
+    ours = {id(parameter) for _, parameter in adapter_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in ours:
+            parameter.requires_grad_(False)
+
+
+def base_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
+    """The base's own biases that `bias` ("none", "lora_only" or "all") trains, by name."""
+    if bias == "none":
+        return {}
+    if bias == "lora_only":
+        return {
+            f"{path}.base_layer.{layer.kind.bias}": parameter
+            for path, layer in lora_layers(model)
+            if (parameter := layer.base_layer._parameters.get(layer.kind.bias)) is not None
+        }
+    ours = {id(parameter) for _, parameter in adapter_parameters(model)}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if (name == "bias" or name.endswith(".bias"))
+        and ".original_module." not in name
+        and id(parameter) not in ours
+    }
