@@ -249,7 +249,7 @@ def _suggestion(leaf: str, known: Mapping[str, Setting], section: str = "") -> s
 
 
 def _from_flags(flags: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    return [(name, FlagValue(value), f"flag --{name}") for name, value in flags.items()]
+    return [(name, FlagValue(value), f"--{name}") for name, value in flags.items()]
 
 
 def _lora_problems(values: Mapping[str, Any]) -> list[str]:

@@ -64,10 +64,10 @@ def _entries(root: Any, loader: Any, path: Path) -> Iterator[Entry]:
         if isinstance(node, yaml.MappingNode):
             for k, v in node.value:
                 yield Entry(
-                    str(made(key)), str(made(k)), made(v), f"{path}:{k.start_mark.line + 1}"
+                    str(made(key)), str(made(k)), made(v), f"{path.name}:{k.start_mark.line + 1}"
                 )
         elif made(node) is not None:  # an empty section is all defaults
-            yield Entry(str(made(key)), None, made(node), f"{path}:{key.start_mark.line + 1}")
+            yield Entry(str(made(key)), None, made(node), f"{path.name}:{key.start_mark.line + 1}")
 
 
 def check_value(value: Any, annotation: Any) -> Any:

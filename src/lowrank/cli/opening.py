@@ -1,0 +1,169 @@
+"""From the words of a command line to models, tokenizers and rows."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lowrank.errors import LowrankError
+from lowrank.train.encode import Encoded, encode
+from lowrank.train.rows import DataError, Row, read_rows
+
+EMBEDDED = "embedded"
+DEFAULT_LENGTH = 2048
+
+
+class OpeningError(LowrankError, ValueError):
+    """What a command was given is not a model, an adapter or data."""
+
+
+class Opened(NamedTuple):
+    model: Any
+    tokenizer: Any
+    path: str  # of the base
+    adapter: str | None
+
+
+def model_path(name: str) -> str:
+    """A folder or a name on the Hub; `embedded` is the model in this package."""
+    if name != EMBEDDED:
+        return name
+    from lowrank.embedded import model_path
+
+    return str(model_path())
+
+
+def data_paths(names: list[str] | str, split: str) -> list[str]:
+    """JSONL files; `embedded:NAME` is a data set in this package, its `split` part."""
+    return [_data_path(name, split) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _data_path(name: str, split: str) -> str:
+    from lowrank import embedded
+
+    if name == EMBEDDED:
+        return str(embedded.BASE_SKILL)
+    if not name.startswith(f"{EMBEDDED}:"):
+        return name
+    return str(embedded.dataset_path(name.partition(":")[2], split))
+
+
+def adapter_base(folder: str) -> str | None:
+    """The base that the adapter in `folder` names; None if the folder holds no adapter."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text()).get("base_model_name_or_path") or ""
+
+
+def open_model(
+    name: str,
+    adapter: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+) -> Opened:
+    """A base, alone or with an adapter, for evaluation. `name` may be the adapter's folder itself."""
+    base = adapter_base(name) if name != EMBEDDED else None
+    if base is not None and adapter is None:
+        if not base:
+            raise OpeningError(
+                f"{name} is an adapter that does not name its base. Use: BASE --adapter {name}"
+            )
+        name, adapter = base, name
+    path = model_path(name)
+    tokenizer = open_tokenizer(path, revision)
+    model = open_base(path, dtype=dtype, device=device, revision=revision)
+    if adapter is not None:
+        from lowrank import PeftModel
+
+        if adapter_base(adapter) is None and Path(adapter).exists():
+            raise OpeningError(f"{adapter} holds no adapter: there is no adapter_config.json in it")
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    return Opened(model, tokenizer, path, adapter)
+
+
+def open_base(path: str, *, dtype: str, device: str, revision: str | None = None) -> nn.Module:
+    """A causal language model with all its weights, on its device."""
+    from lowrank.model_folder import load_model
+
+    where = pick_device(device)
+    loaded = load_model(path, "CAUSAL_LM", dtype=pick_dtype(dtype, where), revision=revision)
+    if loaded.missing:
+        raise OpeningError(
+            f"{path} lacks {len(loaded.missing)} tensors of its model, {loaded.missing[0]} among them: "
+            "they would start at random."
+        )
+    return loaded.model.to(where)
+
+
+def open_tokenizer(path: str, revision: str | None = None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise OpeningError(
+            f"{path} has no tokenizer that transformers can read: {reason}"
+        ) from None
+
+
+def pick_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OpeningError(
+            "model.device is cuda, and torch sees no CUDA device here. Use cpu or auto."
+        )
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if device == "auto" else device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """auto: float32 on a CPU, where it is the fast one and rounds least; elsewhere as stored."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, dtype)
+
+
+def context_length(model_config: Any, wanted: int | None) -> int:
+    """Tokens a row may have: as wanted, if the model can; else 2048 or what the model can."""
+    limit = getattr(model_config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    if wanted is None:
+        return min(limit, DEFAULT_LENGTH)
+    if wanted > limit:
+        raise OpeningError(
+            f"data.max_length is {wanted}, and the model was made for {limit} tokens at most"
+        )
+    return wanted
+
+
+def open_rows(names: list[str] | str, split: str) -> list[Row]:
+    return read_rows(data_paths(names, split))
+
+
+def held_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, evaluation rows): `share` of them below 1, else that many, drawn by `seed`."""
+    count = round(len(rows) * share) if share < 1 else int(share)
+    if not 0 < count < len(rows):
+        raise DataError(
+            f"data.eval_split={share:g} of {len(rows)} rows leaves {len(rows) - count} to train on and {count} to evaluate on"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    return (
+        [row for i, row in enumerate(rows) if i not in chosen],
+        [row for i, row in enumerate(rows) if i in chosen],
+    )
+
+
+def encoded(rows: list[Row], tokenizer: Any, max_length: int, data: Any) -> Encoded:
+    return encode(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        loss_on=data.loss_on,
+        chat_template=data.chat_template,
+    )

@@ -1,0 +1,74 @@
+"""Train an adapter (or, with --method full, every weight) on JSONL rows.
+
+Settings come from defaults, then CONFIG.yaml with the sections model, lora, data, train, eval and
+output, then flags. A row holds `messages`, or `prompt` and `completion`, or `text`. The folder
+gets the adapter, checkpoints, log.jsonl, run.json and reports/report.html.
+
+  lowrank train run.yaml --lr 1e-4
+  lowrank train --model embedded --data embedded:intents --eval embedded:intents
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from lowrank.cli.settings import RunSettings, SettingsError, add_flags, resolve
+
+REQUIRED = ("model.path", "data.train")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "lowrank train [CONFIG.yaml] [--SETTING X …]"
+    parser.add_argument("config", nargs="?", type=Path, help="YAML file", metavar="CONFIG.yaml")
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(args).items() if name != "config"}
+    settings = resolve(args.config, flags, REQUIRED)
+    folder = output_folder(settings, args.config)
+    checkpoint = resume_from(settings, folder)
+
+    from lowrank import compat
+
+    compat.install(override=True)  # before transformers is imported: its Trainer then knows us
+    from lowrank.cli import record, training
+    from lowrank.report.text import show, summary
+
+    started = time.perf_counter()
+    show(record.settings_table(settings, folder))
+    data = training.open_data(settings)
+    show(record.data_lines(data))
+    result = training.train(settings, data, folder, checkpoint)
+    report = record.write(settings, folder, data, result, time.perf_counter() - started)
+    show(summary(report))
+    print(f"\n {folder / record.REPORT} shows more.")
+    return 0
+
+
+def output_folder(settings: RunSettings, config: Path | None) -> Path:
+    """The folder to write; refuses one that holds something, unless told to replace or go on."""
+    name = settings.output.dir or f"runs/{config.stem if config else settings.train.method}"
+    folder = Path(name)
+    if folder.is_file():
+        raise SettingsError(f"output.dir {folder} is a file")
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if occupied and not settings.output.overwrite and not settings.output.resume:
+        raise SettingsError(
+            f"{folder} is not empty.\nChoose another with --output, go on with --resume, or replace "
+            "the run in it with --overwrite."
+        )
+    return folder
+
+
+def resume_from(settings: RunSettings, folder: Path) -> Path | None:
+    resume = settings.output.resume
+    if resume is False:
+        return None
+    if resume is True:
+        from lowrank.train.sft import newest_checkpoint
+
+        return newest_checkpoint(folder)
+    if not (Path(resume) / "trainer_state.json").is_file():
+        raise SettingsError(f"output.resume: {resume} is no checkpoint of a run")
+    return Path(resume)

@@ -1,0 +1,146 @@
+"""A training run from settings: read, load, measure, adapt, train, save, measure again."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lowrank
+from lowrank import LoraConfig
+from lowrank.cli.opening import (
+    context_length,
+    held_out,
+    model_path,
+    open_base,
+    open_rows,
+    open_tokenizer,
+)
+from lowrank.cli.settings import RunSettings
+from lowrank.model_folder import load_config
+from lowrank.train.callbacks import Screen
+from lowrank.train.encode import Encoded, encode, pad_id
+from lowrank.train.evaluate import Evaluation, evaluate, mean_loss
+from lowrank.train.sft import Training, count_trainable, train_sft
+
+# what a run writes: --overwrite removes these, and nothing else that is in the folder
+WRITTEN = (
+    "checkpoint-*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model*.safetensors",
+    "log.jsonl",
+    "run.json",
+    "reports",
+)
+
+
+class Data(NamedTuple):
+    """Everything that is read before any weight is."""
+
+    tokenizer: Any
+    train: Encoded
+    eval: Encoded | None
+    skill: Encoded | None  # text on which the base's own skill is measured
+
+
+class Result(NamedTuple):
+    targets: list[Any]  # lowrank.Target; empty for full fine-tuning
+    training: Training
+    before: Evaluation | None
+    after: Evaluation | None
+    skill_before: float | None
+    skill_after: float | None
+
+
+def open_data(settings: RunSettings) -> Data:
+    """Tokenizer and rows; bad rows end the run before a weight is read."""
+    data, path = settings.data, model_path(settings.model.path or "")
+    tokenizer = open_tokenizer(path, settings.model.revision)
+    length = context_length(load_config(path, settings.model.revision), data.max_length)
+    rows, eval_rows = open_rows(data.train or [], "train"), None
+    if data.eval is not None:
+        eval_rows = open_rows(data.eval, "test")
+    elif data.eval_split is not None:
+        rows, eval_rows = held_out(rows, data.eval_split, settings.train.seed)
+    skill = open_rows(data.base_skill, "test") if data.base_skill else None
+    read = partial(
+        encode,
+        tokenizer=tokenizer,
+        max_length=length,
+        loss_on=data.loss_on,
+        chat_template=data.chat_template,
+    )
+    return Data(
+        tokenizer,
+        read(rows[: data.limit]),
+        read(eval_rows) if eval_rows else None,
+        read(skill) if skill else None,
+    )
+
+
+def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | None) -> Result:
+    """Load, measure, adapt, train, save, measure again."""
+    from transformers import set_seed
+
+    path = model_path(settings.model.path or "")
+    model: Any = open_base(
+        path,
+        dtype=settings.model.dtype,
+        device=settings.model.device,
+        revision=settings.model.revision,
+    )
+    before, skill_before = measure(model, settings, data)
+    set_seed(settings.train.seed)  # the adapter's start
+    targets: list[Any] = []
+    if settings.train.method == "lora":
+        config = LoraConfig(**settings.lora)
+        targets = lowrank.plan(model, config)
+        model = lowrank.get_peft_model(model, config)
+    trainable, total = count_trainable(model), sum(p.numel() for p in model.parameters())
+    print(f" {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})\n")
+    clear(folder, keep_checkpoints=checkpoint is not None)
+    training = train_sft(
+        model,
+        data.tokenizer,
+        data.train,
+        data.eval,
+        folder,
+        settings.train,
+        settings.eval,
+        resume_from=checkpoint,
+        callbacks=[Screen()],
+    )
+    model.save_pretrained(folder)
+    if settings.train.method == "full":
+        data.tokenizer.save_pretrained(folder)
+    after, skill_after = measure(model, settings, data)
+    return Result(targets, training, before, after, skill_before, skill_after)
+
+
+def measure(
+    model: Any, settings: RunSettings, data: Data
+) -> tuple[Evaluation | None, float | None]:
+    """On the evaluation rows, and the loss on the base's own skill."""
+    found = skill = None
+    if data.eval:
+        found = evaluate(
+            model,
+            data.tokenizer,
+            data.eval,
+            batch_size=settings.eval.batch_size,
+            generate=settings.eval.generate,
+            max_new_tokens=settings.eval.max_new_tokens,
+            chat_template=settings.data.chat_template,
+        )
+    if data.skill:
+        pad = pad_id(data.tokenizer)
+        skill, _ = mean_loss(model, data.skill.examples, pad, settings.eval.batch_size)
+    return found, skill
+
+
+def clear(folder: Path, keep_checkpoints: bool) -> None:
+    """Remove what an earlier run wrote, and nothing else, so that no stale checkpoint is picked up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in WRITTEN if not keep_checkpoints else ("run.json", "reports"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
