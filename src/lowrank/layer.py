@@ -277,33 +277,33 @@ class LoraLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         if self.kind.op is None:
             return functional_call(self.base_layer, self._weights_with(names), (x, *args), kwargs)
-        y = self.base_layer(x, *args, **kwargs)
-        changes = [self._output_change(name, x, y) for name in names]
-        return y + sum(changes[1:], changes[0])
+        y = base_output = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            y = self._add_output_change(name, x, base_output, y)
+        return y
 
-    def _output_change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """What the adapter adds to `y`, the base layer's output, in y's dtype."""
+    def _add_output_change(self, name: str, x: Tensor, base_output: Tensor, y: Tensor) -> Tensor:
+        """`y` and what the adapter adds to the base layer's output, in y's dtype."""
         op, lora, base = self.kind.op, self.lora(name), self.base_layer
         assert op is not None
         # the small A and B take the dtype of the large x, never the reverse
         dtype = x.dtype if op.floating else y.dtype
-        h = op.down(base, x, lora.A.to(dtype), self.lora_dropout[name]) * lora.scaling
-        z = op.up(base, h, lora.B.to(dtype)).to(y.dtype)
+        h = op.down(base, x, lora.A.to(dtype), self.lora_dropout[name])
+        if op.up_onto and lora.bias is None and lora.magnitude is None:
+            return op.up_onto(y, h.to(y.dtype), lora.B.to(y.dtype), lora.scaling)
+        z = op.up(base, h * lora.scaling, lora.B.to(h.dtype)).to(y.dtype)
         along = [1] * y.ndim
         along[op.channel] = -1
         if lora.bias is not None:
             z = z + (lora.bias * lora.scaling).to(y.dtype).view(along)
         if lora.magnitude is None:
-            return z
+            return y + z
         # Liu et al. 2024, eq. 5: y = c·(W + ΔW)x + b with c = m / ‖W + ΔW‖
-        c = (
-            (lora.magnitude / merged_weight_norm(self.unmerged_weight(), lora))
-            .to(y.dtype)
-            .view(along)
-        )
+        c = lora.magnitude / merged_weight_norm(self.unmerged_weight(), lora)
+        c = c.to(y.dtype).view(along)
         bias = getattr(base, self.kind.bias, None)
-        without_bias = y if bias is None else y - bias.to(y.dtype).view(along)
-        return (c - 1) * without_bias + c * z
+        without_bias = base_output if bias is None else base_output - bias.to(y.dtype).view(along)
+        return y + (c - 1) * without_bias + c * z
 
     def _weights_with(self, names: list[str]) -> dict[str, Tensor]:
         """The base layer's weight, and its bias if one changes, with the adapters in them; with autograd."""

@@ -13,6 +13,9 @@ from torch import Tensor
 from lowrank.errors import ShapeError
 
 
+_TINY = torch.finfo(torch.float32).tiny  # a row of zeros has no direction: DoRA leaves it zero
+
+
 class Lora(NamedTuple):
     """One adapter at one weight, in matrix form."""
 
@@ -58,7 +61,7 @@ def weight_change(W: Tensor, lora: Lora) -> Tensor:
         return delta
     W = W.to(dtype)
     V = W + delta
-    norm = torch.linalg.vector_norm(V, dim=-1).detach()
+    norm = torch.linalg.vector_norm(V, dim=-1).detach().clamp_min(_TINY)
     return (lora.magnitude.to(dtype) / norm).unsqueeze(-1) * V - W
 
 
@@ -73,7 +76,7 @@ def merged_weight_norm(W: Tensor, lora: Lora) -> Tensor:
         W, A, B = W.to(dtype), lora.A.to(dtype), lora.B.to(dtype) * lora.scaling
         cross = ((W @ A.mT) * B).sum(-1)
         square = ((B @ (A @ A.mT)) * B).sum(-1)
-        return (W.square().sum(-1) + 2 * cross + square).clamp_min(0).sqrt()
+        return (W.square().sum(-1) + 2 * cross + square).clamp_min(_TINY).sqrt()
 
 
 def initial_magnitude(W: Tensor, lora: Lora) -> Tensor:

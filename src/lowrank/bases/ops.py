@@ -11,14 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.kernels.low_rank_add import low_rank_add
+
 
 class Op(NamedTuple):
-    down: Callable[
-        [nn.Module, Tensor, Tensor, nn.Module], Tensor
-    ]  # base layer, x, A (r, in), dropout -> h
-    up: Callable[[nn.Module, Tensor, Tensor], Tensor]  # base layer, h, B (out, r) -> y
+    # base layer, x, A (r, in), dropout -> h
+    down: Callable[[nn.Module, Tensor, Tensor, nn.Module], Tensor]
+    # base layer, h, B (out, r) -> y
+    up: Callable[[nn.Module, Tensor, Tensor], Tensor]
     channel: int  # which dimension of y is `out`: bias and magnitude follow it
     floating: bool  # whether x is floating point, and so sets the dtype of the product
+    # y, h, B, scaling -> y + scaling·up(h, B) in one step, where there is a faster way
+    up_onto: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
 
 
 def _linear_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
@@ -57,6 +61,6 @@ def _convolution_up(base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
     return convolution(h, B.reshape(*B.shape, *[1] * positions), groups=base.groups)
 
 
-LINEAR = Op(_linear_down, _linear_up, channel=-1, floating=True)
+LINEAR = Op(_linear_down, _linear_up, channel=-1, floating=True, up_onto=low_rank_add)
 LOOKUP = Op(_lookup_down, _lookup_up, channel=-1, floating=False)
 CONVOLUTION = Op(_convolution_down, _convolution_up, channel=1, floating=True)

@@ -1,1 +1,1 @@
-
+"""Fast paths, each beside a plain reference that says what it computes."""
