@@ -171,9 +171,10 @@ def prepare_model_for_kbit_training(
             parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
         let_gradients_in(model)
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {}
-        )
+        # transformers 5.23 renamed the method and its argument; the old names warn
+        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(model, f"{word}_checkpointing_enable")
+        enable(**{f"{word}_checkpointing_kwargs": gradient_checkpointing_kwargs or {}})
     return model
 
 
@@ -196,6 +197,12 @@ def add_to_model(
         meta=meta,
     )
     return config
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether activation (gradient) checkpointing is on in a transformers model."""
+    new = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", False) if new is None else new)
 
 
 def let_gradients_in(model: nn.Module) -> None:

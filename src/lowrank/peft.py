@@ -24,7 +24,12 @@ from lowrank.errors import (
 )
 from lowrank.fingerprint import differences, fingerprint
 from lowrank.log import logger
-from lowrank.lora_model import LoraModel, add_to_model, let_gradients_in
+from lowrank.lora_model import (
+    LoraModel,
+    add_to_model,
+    checkpoints_activations,
+    let_gradients_in,
+)
 from lowrank.state import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
 from lowrank.unload import unload
 from lowrank.wrappers import adapter_names, wrappers
@@ -55,7 +60,7 @@ class PeftModel(nn.Module):
         )
         self.base_model.peft_config[adapter_name] = config
         self.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if checkpoints_activations(model):
             let_gradients_in(model)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,0 +1,158 @@
+"""Tiny whole models with random weights, and what a model with an adapter must compute, in float64."""
+
+import copy
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+IDS = torch.tensor([[1, 5, 7, 9, 33, 12, 4], [2, 4, 6, 8, 10, 3, 88], [11, 9, 2, 71, 7, 3, 5]])
+
+
+def llama(tied=False, vocab=93, dtype=torch.float64, seed=0, **options):
+    config = transformers.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **options,
+    )
+    return _built(transformers.LlamaForCausalLM, config, dtype, seed)
+
+
+def llama_classifier(dtype=torch.float64, seed=0):
+    config = llama(dtype=dtype).config
+    config.num_labels = 3
+    return _built(transformers.LlamaForSequenceClassification, config, dtype, seed)
+
+
+def gpt2(dtype=torch.float64, seed=0):
+    config = transformers.GPT2Config(
+        vocab_size=93,
+        n_embd=24,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return _built(transformers.GPT2LMHeadModel, config, dtype, seed)
+
+
+def t5(dtype=torch.float64, seed=0, **options):
+    config = transformers.T5Config(
+        vocab_size=93,
+        d_model=24,
+        d_kv=5,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+        **options,
+    )
+    return _built(transformers.T5ForConditionalGeneration, config, dtype, seed)
+
+
+def bert(kind=transformers.BertForMaskedLM, dtype=torch.float64, seed=0, **options):
+    config = transformers.BertConfig(
+        vocab_size=93,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **options,
+    )
+    return _built(kind, config, dtype, seed)
+
+
+def _built(kind, config, dtype, seed):
+    """A model whose biases and norms are random too: zeros and ones would hide mistakes."""
+    torch.manual_seed(seed)
+    model = kind(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def randomise(model, seed=1):
+    """Every trainable parameter becomes random, none zero, as if it had been trained. Returns `model`."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def bits(model):
+    """A copy of every tensor of the model, to see later that no bit of it changed."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(a, b):
+    def raw(tensor):
+        return tensor.contiguous().flatten().view(torch.uint8)
+
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype
+        and a[name].shape == b[name].shape
+        and torch.equal(raw(a[name]), raw(b[name]))
+        for name in a
+    )
+
+
+def merged_by_hand(base, tensors: dict[str, Tensor], scaling: float) -> nn.Module:
+    """A float64 copy of `base` whose weights are W + scaling·B·A (DoRA: m·V/‖V‖), from PEFT's keys.
+
+    Tensors of modules_to_save and biases replace those of the base. Each weight is a new parameter, so
+    that what was tied to it is not changed.
+    """
+    model = copy.deepcopy(base).double()
+    tensors = {key.removeprefix("base_model.model."): t.double() for key, t in tensors.items()}
+    used = set()
+
+    def put(path, value):
+        owner, _, name = path.rpartition(".")
+        old = model.get_submodule(owner)._parameters[name]
+        model.get_submodule(owner)._parameters[name] = nn.Parameter(value.reshape(old.shape))
+
+    for key in tensors:
+        path, _, what = key.partition(".lora_")
+        if what not in ("A.weight", "embedding_A"):
+            continue
+        module = model.get_submodule(path)
+        A, B = tensors[key], tensors[key.replace("lora_A", "lora_B").replace("ding_A", "ding_B")]
+        used |= {key, key.replace("lora_A", "lora_B").replace("ding_A", "ding_B")}
+        delta = scaling * (B.flatten(1) @ A.flatten(1))  # (out, in)
+        name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+        W = module._parameters[name]
+        transposed = type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
+        V = (W.T if transposed else W.flatten(1)) + delta
+        magnitude = f"{path}.lora_magnitude_vector"
+        if magnitude in tensors:
+            used.add(magnitude)
+            V = tensors[magnitude].flatten()[:, None] * V / V.norm(dim=1, keepdim=True)
+        put(f"{path}.{name}", V.T if transposed else V)
+        bias = f"{path}.lora_B.bias"
+        if bias in tensors:
+            used.add(bias)
+            module.bias = nn.Parameter(module.bias + scaling * tensors[bias])
+    for key in set(tensors) - used:
+        put(key.replace(".base_layer.", "."), tensors[key])
+    return model
