@@ -60,7 +60,9 @@ _REFUSED = {
     "corda_config": "the CorDA initialisation is not supported yet",
     "lora_ga_config": "the LoRA-GA initialisation is not supported yet",
     "megatron_config": "Megatron layers are not supported",
+    "megatron_core": "Megatron layers are not supported",
     "use_qalora": "QALoRA is not supported",
+    "qalora_group_size": "QALoRA is not supported",
     "velora_config": "VeLoRA is not supported",
     "monteclora_config": "MonteCLoRA is not supported",
     "use_bdlora": "BD-LoRA is not supported",
@@ -235,6 +237,8 @@ class LoraConfig(PeftConfig):
         self.peft_type = PeftType.LORA
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
+            if isinstance(value, set | frozenset):  # their order differs from process to process
+                value = sorted(value)
             if value is not None and not isinstance(value, str):
                 setattr(self, name, list(dict.fromkeys(value)))
         self.rank_pattern = self.rank_pattern or {}
