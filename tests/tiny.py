@@ -28,8 +28,7 @@ def llama(tied=False, vocab=93, dtype=torch.float64, seed=0, **options):
 
 
 def llama_classifier(dtype=torch.float64, seed=0):
-    config = llama(dtype=dtype).config
-    config.num_labels = 3
+    config = llama(dtype=dtype, num_labels=3).config
     return _built(transformers.LlamaForSequenceClassification, config, dtype, seed)
 
 
@@ -100,6 +99,13 @@ def randomise(model, seed=1):
     return model
 
 
+def logits(model):
+    """The model's logits for IDS, without a gradient."""
+    extra = {"decoder_input_ids": IDS.flip(0)} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=IDS, **extra).logits
+
+
 def bits(model):
     """A copy of every tensor of the model, to see later that no bit of it changed."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -154,5 +160,9 @@ def merged_by_hand(base, tensors: dict[str, Tensor], scaling: float) -> nn.Modul
             used.add(bias)
             module.bias = nn.Parameter(module.bias + scaling * tensors[bias])
     for key in set(tensors) - used:
-        put(key.replace(".base_layer.", "."), tensors[key])
+        name = key.replace(".base_layer.", ".")
+        if name.endswith("bias"):  # bias="all" trains a tied bias, which stays tied
+            model.get_parameter(name).data.copy_(tensors[key])
+        else:
+            put(name, tensors[key])
     return model
