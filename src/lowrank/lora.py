@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lowrank.errors import ShapeError
 
-
 _TINY = torch.finfo(torch.float32).tiny  # a row of zeros has no direction: DoRA leaves it zero
 
 
@@ -56,7 +55,7 @@ def weight_change(W: Tensor, lora: Lora) -> Tensor:
     """
     check_shapes(W.shape, lora)
     dtype = _accumulation_dtype(W)
-    delta = delta_weight(lora).to(dtype)
+    delta = delta_weight(lora._replace(A=lora.A.to(dtype), B=lora.B.to(dtype)))
     if lora.magnitude is None:
         return delta
     W = W.to(dtype)
