@@ -345,6 +345,40 @@ def test_deleting_the_active_adapter_activates_the_first_that_is_left():
     assert trainable(model)
 
 
+def test_after_the_last_adapter_is_deleted_another_can_be_added():
+    model = adapted(llama())
+    model.delete_adapter("default")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("other")
+    assert model.active_adapters == ["other"]
+    truth = merged_by_hand(
+        llama(), lowrank.get_peft_model_state_dict(model, adapter_name="other"), 8 / 2
+    )
+    torch.testing.assert_close(logits(model), logits(truth), atol=1e-5, rtol=1e-5)
+
+
+def test_deleting_a_merged_adapter_is_refused_and_changes_nothing():
+    model = adapted(llama(), modules_to_save=["embed_tokens"])
+    model.merge_adapter()
+    merged = logits(model)
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.delete_adapter("default")
+    assert list(model.peft_config) == ["default"]
+    torch.testing.assert_close(logits(model), merged, atol=0, rtol=0)
+    model.unmerge_adapter()
+    model.delete_adapter("default")
+    torch.testing.assert_close(logits(model), logits(llama()), atol=0, rtol=0)
+
+
+def test_deleting_or_adding_another_adapter_leaves_a_merge_in_place():
+    model = two_adapters()
+    model.merge_adapter()
+    merged = bits(model)
+    model.add_adapter("third", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.delete_adapter("third")
+    assert same_bits(bits(model), merged)
+
+
 def test_each_adapter_has_its_own_saved_modules():
     model = two_adapters(modules_to_save=["lm_head"])
     base = logits(adapted(llama()))

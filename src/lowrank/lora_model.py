@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.config import LoraConfig
-from lowrank.errors import AdapterNameError, ConfigError, did_you_mean
+from lowrank.errors import AdapterNameError, ConfigError, MergeError, did_you_mean
 from lowrank.inject import check_name, inject
 from lowrank.log import logger
 from lowrank.targets import plan, resolved, saved_modules
@@ -49,6 +49,16 @@ class LoraModel(nn.Module):
             else list(self.active_adapter)
         )
 
+    def add_adapter(self, name: str, config: LoraConfig, cast_to_float32: bool, meta: bool) -> None:
+        """One more adapter, not active. Layers that had none so far follow the others in what is active."""
+        known = {module for _, module in wrappers(self.model)}
+        disabled = any(module.disable_adapters for module in known)
+        self.peft_config[name] = add_to_model(self.model, config, name, cast_to_float32, meta)
+        for _, module in wrappers(self.model):
+            if module not in known:
+                module.set_adapter(self.active_adapters)
+                module.enable_adapters(not disabled)
+
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, act and (without `inference_mode`) trainable.
 
@@ -80,18 +90,26 @@ class LoraModel(nn.Module):
             module.enable_adapters(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter for good. If it was the only active one, the first that is left becomes active."""
+        """Removes an adapter for good. If it was the only active one, the first that is left becomes active.
+
+        Raises MergeError if it is merged.
+        """
         self.check_known([adapter_name])
+        for _, module in wrappers(self.model):
+            if adapter_name in getattr(module, "merged_adapters", []):
+                raise MergeError(
+                    f"Adapter {adapter_name!r} is merged: unmerge_adapter() first, then delete it."
+                )
         for _, module in wrappers(self.model):
             module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
-        left = [name for name in self.active_adapters if name != adapter_name] or list(
-            self.peft_config
-        )[:1]
-        if left:
+        if adapter_name not in self.active_adapters:
+            return
+        left = [name for name in self.active_adapters if name != adapter_name]
+        if not left and self.peft_config:
+            left = list(self.peft_config)[:1]
             self.set_adapter(left, inference_mode=self.peft_config[left[0]].inference_mode)
-        else:
-            self.active_adapter = []
+        self.active_adapter = left[0] if len(left) == 1 else left
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False

@@ -144,14 +144,9 @@ class PeftModel(nn.Module):
             raise ConfigError(
                 "bias='all' or 'lora_only' trains the base's own biases, which several adapters cannot share."
             )
-        self.peft_config[adapter_name] = add_to_model(
-            self.get_base_model(),
-            peft_config,
-            adapter_name,
-            autocast_adapter_dtype,
-            low_cpu_mem_usage,
+        self.base_model.add_adapter(
+            adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage
         )
-        self.set_adapter(self.active_adapter, inference_mode=self.active_peft_config.inference_mode)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, act and (without `inference_mode`) trainable."""
