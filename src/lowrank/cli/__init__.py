@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 
 import lowrank
+from lowrank import compat
 from lowrank.errors import LowrankError, did_you_mean
 
 # the one line of each command stands here, so that `lowrank --help` imports none of them
@@ -34,6 +35,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if argv is None:  # a process of our own, before transformers is imported: it then knows us
+        compat.install(override=True)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lowrank.errors import LowrankError
-from lowrank.train.encode import Encoded, encode
 from lowrank.train.rows import DataError, Row, read_rows
 
 EMBEDDED = "embedded"
@@ -29,6 +28,9 @@ class Opened(NamedTuple):
 def model_path(name: str) -> str:
     """A folder or a name on the Hub; `embedded` is the model in this package."""
     if name != EMBEDDED:
+        looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+        if looks_local and not Path(name).is_dir():
+            raise OpeningError(f"there is no model folder {name}")
         return name
     from lowrank.embedded import model_path
 
@@ -100,6 +102,23 @@ def open_base(path: str, *, dtype: str, device: str, revision: str | None = None
     return loaded.model.to(where)
 
 
+def empty_model(path: str, revision: str | None = None) -> Any:
+    """A causal language model of `path`'s config on the meta device: shapes and no weights."""
+    from transformers import AutoModelForCausalLM
+
+    from lowrank.model_folder import load_config, quiet
+
+    config = load_config(path, revision)
+    with torch.device("meta"), quiet():
+        try:
+            return AutoModelForCausalLM.from_config(config)
+        except ValueError:
+            raise OpeningError(
+                f"{path} is a {type(config).__name__.removesuffix('Config')}, and transformers has "
+                "no causal language model of that architecture"
+            ) from None
+
+
 def open_tokenizer(path: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
@@ -156,14 +175,4 @@ def held_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
     return (
         [row for i, row in enumerate(rows) if i not in chosen],
         [row for i, row in enumerate(rows) if i in chosen],
-    )
-
-
-def encoded(rows: list[Row], tokenizer: Any, max_length: int, data: Any) -> Encoded:
-    return encode(
-        rows,
-        tokenizer,
-        max_length=max_length,
-        loss_on=data.loss_on,
-        chat_template=data.chat_template,
     )

@@ -65,6 +65,7 @@ LORA_SHOWN = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora",
 SHORT = {
     "model": "model.path",
     "data": "data.train",
+    "eval": "data.eval",
     "lr": "train.learning_rate",
     "batch_size": "train.batch_size",
     "output": "output.dir",

@@ -30,8 +30,6 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = resume_from(settings, folder)
 
     from lowrank import compat
-
-    compat.install(override=True)  # before transformers is imported: its Trainer then knows us
     from lowrank.cli import record, training
     from lowrank.report.text import show, summary
 
@@ -39,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     show(record.settings_table(settings, folder))
     data = training.open_data(settings)
     show(record.data_lines(data))
-    result = training.train(settings, data, folder, checkpoint)
+    with compat.standing_in():
+        result = training.train(settings, data, folder, checkpoint)
     report = record.write(settings, folder, data, result, time.perf_counter() - started)
     show(summary(report))
     print(f"\n {folder / record.REPORT} shows more.")

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 import lowrank
 from lowrank import LoraConfig
 from lowrank.cli.opening import (
@@ -80,8 +82,6 @@ def open_data(settings: RunSettings) -> Data:
 
 def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | None) -> Result:
     """Load, measure, adapt, train, save, measure again."""
-    from transformers import set_seed
-
     path = model_path(settings.model.path or "")
     model: Any = open_base(
         path,
@@ -90,7 +90,7 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         revision=settings.model.revision,
     )
     before, skill_before = measure(model, settings, data)
-    set_seed(settings.train.seed)  # the adapter's start
+    torch.manual_seed(settings.train.seed)  # the adapter's start
     targets: list[Any] = []
     if settings.train.method == "lora":
         config = LoraConfig(**settings.lora)

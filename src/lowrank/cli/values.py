@@ -3,6 +3,7 @@
 import math
 import types
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -93,15 +94,17 @@ def _from_words(words: str | list[str], annotation: Any) -> Any:
     if isinstance(words, list) and len(words) > 1:
         return _fit(words, annotation)
     word = words if isinstance(words, str) else words[0]
-    try:
-        return _fit(yaml.safe_load(word), annotation)
-    except (Wrong, yaml.YAMLError) as error:
+    # `--data.train 2024` is a name, and `--modules_to_save lm_head` a list of one
+    readings: list[Any] = [word] if isinstance(words, str) else [word, [word]]
+    with suppress(yaml.YAMLError):
+        readings.insert(0, yaml.safe_load(word))
+    problems = []
+    for reading in readings:
         try:
-            return _fit(word, annotation)  # `--data.train 2024` is a name
-        except Wrong:
-            raise (
-                error if isinstance(error, Wrong) else Wrong(f"cannot be read: {word}")
-            ) from None
+            return _fit(reading, annotation)
+        except Wrong as wrong:
+            problems.append(wrong)
+    raise problems[0]
 
 
 def _fit(value: Any, annotation: Any) -> Any:

@@ -1,0 +1,120 @@
+"""Loss, perplexity and greedy answers of a base, a base with an adapter, or a merged folder.
+
+MODEL is a model folder, a name on the Hub, `embedded`, or an adapter's folder (its base is then
+the one that the adapter names). DATA is JSONL or embedded:NAME, whose test part is used.
+
+  lowrank evaluate embedded --data embedded:intents
+  lowrank evaluate embedded --adapter runs/intents --data embedded:intents --json
+"""
+
+import argparse
+import json
+
+from lowrank.cli.settings import EvalSettings
+
+DEFAULT = EvalSettings()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--adapter", metavar="DIR", help="the adapter's folder")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL file(s), or embedded:NAME")
+    add_numbers(parser)
+    parser.add_argument("--samples", type=int, default=DEFAULT.samples, metavar="N", help="shown")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, all answers too")
+
+
+def add_numbers(parser: argparse.ArgumentParser) -> None:
+    for name, default, text in (
+        ("generate", DEFAULT.generate, "rows that are answered; 0: none"),
+        ("max-new-tokens", DEFAULT.max_new_tokens, "tokens an answer may have"),
+        ("batch-size", DEFAULT.batch_size, "rows at once"),
+        ("max-length", None, "tokens a row may have"),
+    ):
+        underscored = name.replace("-", "_")
+        spellings = dict.fromkeys((f"--{name}", f"--{underscored}"))
+        parser.add_argument(
+            *spellings, type=int, default=default, metavar="N", help=f"{text} ({default})"
+        )
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--no-chat-template", action="store_true", help="prompts as they stand")
+
+
+def run(args: argparse.Namespace) -> int:
+    from lowrank.cli.opening import context_length, open_model, open_rows
+    from lowrank.report.data import to_json
+    from lowrank.train.encode import encode
+    from lowrank.train.evaluate import evaluate
+
+    rows = open_rows(args.data, "test")
+    opened = open_model(args.model, args.adapter, dtype=args.dtype, device=args.device)
+    template = not args.no_chat_template
+    data = encode(
+        rows,
+        opened.tokenizer,
+        max_length=context_length(opened.model.config, args.max_length),
+        chat_template=template,
+    )
+    result = evaluate(
+        opened.model,
+        opened.tokenizer,
+        data,
+        batch_size=args.batch_size,
+        generate=args.generate,
+        max_new_tokens=args.max_new_tokens,
+        chat_template=template,
+    )
+    if args.json:
+        what = {"model": opened.path, "adapter": opened.adapter, "data": args.data}
+        print(json.dumps({**what, **to_json(result)}, indent=2, ensure_ascii=False))
+    else:
+        _print(opened, data, result, args.samples)
+    return 0
+
+
+def _print(opened, data, result, samples: int) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from lowrank.report.text import show
+
+    name = opened.path if opened.adapter is None else f"{opened.path} + {opened.adapter}"
+    show(Text(f" {name}", "bold"))
+    facts = [
+        ("data", data.summary),
+        ("loss", f"{result.loss:.4f} nats a token, over {result.tokens} tokens"),
+        ("perplexity", f"{result.perplexity:.3f}"),
+    ]
+    if result.exact_match is not None:
+        facts += [
+            ("exact match", f"{result.exact_match:.1%} of {result.answered} rows, greedy"),
+            ("ROUGE-L", f"{result.rouge_l:.3f}"),
+        ]
+    show(_two_columns(facts))
+    for answer in result.answers[:samples]:
+        mark = Text("✓", "green") if answer.exact else Text("✗", "red")
+        table = Table.grid(padding=(0, 1))
+        table.add_column(width=10, style="dim")
+        table.add_column(overflow="fold")
+        table.add_row("", "")
+        table.add_row(" asked", Text(answer.prompt.strip()))
+        table.add_row(" expected", Text(answer.expected))
+        table.add_row(Text(" ").append_text(mark).append(" answer"), Text(answer.answer))
+        show(table)
+
+
+def _two_columns(facts: list[tuple[str, str]]):
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, Text(value))
+    return table
