@@ -24,6 +24,7 @@ from lowrank import LoraConfig, PeftModel, get_peft_model
 from lowrank.errors import (
     AdapterNameError,
     ConfigError,
+    MergeError,
     NotTrainableError,
     TargetError,
 )
@@ -437,6 +438,37 @@ def test_disable_and_enable_adapter_layers():
     model.enable_adapter_layers()
     torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
     assert trainable(model) == was_trainable
+
+
+def test_a_merge_of_what_is_no_longer_active_does_not_come_back():
+    model = two_adapters()
+    model.merge_adapter()
+    with model.disable_adapter():
+        model.set_adapter("other")
+    torch.testing.assert_close(
+        logits(model), logits(by_formula(model, ["other"])), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_an_unmerge_while_disabled_stays_unmerged():
+    model = adapted(llama())
+    unmerged = bits(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        model.unmerge_adapter()
+    assert same_bits(bits(model), unmerged)
+
+
+def test_a_merge_while_disabled_is_refused():
+    model = adapted(llama())
+    before = bits(model)
+    with model.disable_adapter():
+        with pytest.raises(MergeError, match="enable"):
+            model.merge_adapter()
+        for safe_merge in (True, False):
+            with pytest.raises(MergeError, match="enable"):
+                model.merge_and_unload(safe_merge=safe_merge)
+    assert same_bits(bits(model), before)
 
 
 def test_disabling_says_that_trained_biases_stay(caplog):

@@ -213,7 +213,7 @@ class LoraLayer(nn.Module):
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """These adapters act from now on, and only they can be trained (none, with `inference_mode`)."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._active = names
+        self._active, self._merge_again = names, []
         self._set_requires_grad(list(self.r), False)
         if not inference_mode:
             self._set_requires_grad([name for name in names if name in self.r], True)
@@ -235,12 +235,13 @@ class LoraLayer(nn.Module):
         if enabled == (not self._disabled):
             return
         self._disabled = not enabled
-        if not enabled and self.merged:
-            self._merge_again = list(self.merged_adapters)
-            self.unmerge()
-        elif enabled and self._merge_again:
+        if enabled:
             names, self._merge_again = self._merge_again, []
             self.merge(adapter_names=names)
+        else:
+            names = list(self.merged_adapters)
+            self.unmerge()
+            self._merge_again = names
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """`scale` times the adapter's own scaling."""
@@ -334,6 +335,8 @@ class LoraLayer(nn.Module):
         new = [name for name in wanted if name in self.r and name not in self.merged_adapters]
         if not new:
             return
+        if self._disabled:
+            raise MergeError("The adapters are disabled: enable_adapter_layers() before merging.")
         names = self.merged_adapters + new
         left = [name for name in self._active if name in self.r and name not in names]
         if any(self.use_dora[name] for name in left):
@@ -370,6 +373,7 @@ class LoraLayer(nn.Module):
 
     def unmerge(self) -> None:
         """Puts the base weight back as it was before the merge, every bit of it."""
+        self._merge_again = []
         if self._unmerged is None:
             return
         weight, bias = self._unmerged
