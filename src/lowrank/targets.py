@@ -356,6 +356,14 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
         "adapted through its weight and has no bias for lora_bias to act on.",
     ),
     (
+        lambda kind, module, config, r: (
+            config.lora_bias
+            and getattr(module, kind.bias, None) is not None
+            and getattr(module, kind.bias).shape != kind.shape(module)[:1]
+        ),
+        "lora_bias has an entry for each row of the weight, and this layer's bias is of another shape: set lora_bias=False, or leave it out.",
+    ),
+    (
         lambda kind, module, config, r: config.init_lora_weights == "orthogonal" and r % 2 == 1,
         'init_lora_weights="orthogonal" needs an even r.',
     ),
