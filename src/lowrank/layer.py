@@ -294,7 +294,7 @@ class LoraLayer(nn.Module):
             return op.up_onto(y, h.to(y.dtype), lora.B.to(y.dtype), lora.scaling)
         z = op.up(base, h * lora.scaling, lora.B.to(h.dtype)).to(y.dtype)
         along = [1] * y.ndim
-        along[op.channel] = -1
+        along[op.channel(base)] = -1
         if lora.bias is not None:
             z = z + (lora.bias * lora.scaling).to(y.dtype).view(along)
         if lora.magnitude is None:

@@ -19,7 +19,8 @@ class Op(NamedTuple):
     down: Callable[[nn.Module, Tensor, Tensor, nn.Module], Tensor]
     # base layer, h, B (out, r) -> y
     up: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    channel: int  # which dimension of y is `out`: bias and magnitude follow it
+    # base layer -> which dimension of y is `out`: bias and magnitude follow it
+    channel: Callable[[nn.Module], int]
     floating: bool  # whether x is floating point, and so sets the dtype of the product
     # y, h, B, scaling -> y + scaling·up(h, B) in one step, where there is a faster way
     up_onto: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
@@ -61,6 +62,14 @@ def _convolution_up(base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
     return convolution(h, B.reshape(*B.shape, *[1] * positions), groups=base.groups)
 
 
-LINEAR = Op(_linear_down, _linear_up, channel=-1, floating=True, up_onto=low_rank_add)
-LOOKUP = Op(_lookup_down, _lookup_up, channel=-1, floating=False)
-CONVOLUTION = Op(_convolution_down, _convolution_up, channel=1, floating=True)
+def _last(base: nn.Module) -> int:
+    return -1
+
+
+def _before_positions(base: nn.Module) -> int:
+    return 1 - base.weight.ndim  # from the end: a convolution also takes an input without a batch
+
+
+LINEAR = Op(_linear_down, _linear_up, channel=_last, floating=True, up_onto=low_rank_add)
+LOOKUP = Op(_lookup_down, _lookup_up, channel=_last, floating=False)
+CONVOLUTION = Op(_convolution_down, _convolution_up, channel=_before_positions, floating=True)
