@@ -18,6 +18,7 @@ from tiny import (
     same_bits,
     t5,
 )
+from torch import nn
 
 import lowrank
 from lowrank import LoraConfig, PeftModel, get_peft_model
@@ -550,6 +551,29 @@ def test_adapters_per_row_are_refused():
     torch.testing.assert_close(
         model(input_ids=IDS, adapter_names=None).logits, logits(model), atol=0, rtol=0
     )
+
+
+class NoKeywords(nn.Module):
+    """A model whose forward takes one tensor and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_any_module_can_be_the_base():
+    torch.manual_seed(0)
+    base = NoKeywords().double()
+    W, b = base.linear.weight.clone(), base.linear.bias.clone()
+    model = adapted(base, target_modules=["linear"])
+    lora = model.base_model.model.linear.lora("default")
+    x = torch.randn(2, 5, dtype=torch.float64)
+    truth = x @ (W + SCALING * lora.B @ lora.A).T + b
+    torch.testing.assert_close(model(x), truth)
+    torch.testing.assert_close(model(x, adapter_names=None), truth)
 
 
 # --- copies ---------------------------------------------------------------------------------------

@@ -452,7 +452,7 @@ def _check_base(model: PeftModel, name: str, metadata: dict[str, Any], where: An
 
 
 def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("adapter_names") is not None:
+    if kwargs.pop("adapter_names", None) is not None:
         raise ConfigError(
             "adapter_names=… (several adapters in one batch) is not supported yet; use set_adapter()."
         )
