@@ -652,3 +652,12 @@ def test_training_an_adapter_loaded_for_inference_is_refused(tmp_path, checkpoin
     loaded.set_adapter("default")
     loaded(input_ids=IDS, labels=IDS).loss.backward()
     assert all(loaded.get_parameter(name).grad is not None for name in trainable(loaded))
+
+
+def test_the_refusal_is_asked_again_after_set_adapter(tmp_path):
+    model = adapted(llama())
+    model.train()
+    model(input_ids=IDS)
+    model.set_adapter("default", inference_mode=True)
+    with pytest.raises(NotTrainableError):
+        model(input_ids=IDS)

@@ -151,6 +151,7 @@ class PeftModel(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, act and (without `inference_mode`) trainable."""
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self._check_trainable = self.training
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter for good."""
