@@ -654,6 +654,20 @@ def test_training_an_adapter_loaded_for_inference_is_refused(tmp_path, checkpoin
     assert all(loaded.get_parameter(name).grad is not None for name in trainable(loaded))
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_training_an_adapter_with_biases_loaded_for_inference_is_refused(tmp_path, bias):
+    options = {"target_modules": ["c_attn"], "bias": bias, "r": 3}
+    model = randomise(get_peft_model(gpt2(), LoraConfig(**options)))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(gpt2(), tmp_path)
+    assert trainable(loaded) == set()
+    loaded.train()
+    with pytest.raises(NotTrainableError):
+        loaded(input_ids=IDS, labels=IDS)
+    again = PeftModel.from_pretrained(gpt2(), tmp_path, is_trainable=True)
+    assert trainable(again) == trainable(model)
+
+
 def test_the_refusal_is_asked_again_after_set_adapter(tmp_path):
     model = adapted(llama())
     model.train()

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 IDS = torch.tensor([[1, 5, 7, 9, 33, 12, 4], [2, 4, 6, 8, 10, 3, 88], [11, 9, 2, 71, 7, 3, 5]])
 
 
-def llama(tied=False, vocab=93, dtype=torch.float64, seed=0, **options):
+def llama(tied=False, vocab=93, layers=2, dtype=torch.float64, seed=0, **options):
     config = transformers.LlamaConfig(
         vocab_size=vocab,
         hidden_size=24,
         intermediate_size=40,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

@@ -12,7 +12,7 @@ from lowrank.inject import check_name, inject
 from lowrank.log import logger
 from lowrank.targets import plan, resolved, saved_modules
 from lowrank.unload import merge_all, unload, unmerge_all
-from lowrank.wrappers import adapter_parameters, freeze_base, wrappers
+from lowrank.wrappers import base_biases, freeze_base, lora_layers, wrappers
 
 
 class LoraModel(nn.Module):
@@ -69,8 +69,7 @@ class LoraModel(nn.Module):
         if any(getattr(module, "merged", False) for _, module in wrappers(self.model)):
             logger.warning("set_adapter(%r) undoes the merge that was in place.", adapter_name)
             unmerge_all(self.model)
-        for _, module in wrappers(self.model):
-            module.set_adapter(names, inference_mode=inference_mode)
+        _activate(self.model, self.peft_config, names, inference_mode)
         self.active_adapter = names[0] if len(names) == 1 else names
 
     def enable_adapter_layers(self) -> None:
@@ -167,8 +166,7 @@ def inject_adapter_in_model(
         )
     config = add_to_model(model, peft_config, adapter_name, True, low_cpu_mem_usage)
     model.peft_config = {**getattr(model, "peft_config", {}), adapter_name: config}
-    for _, module in wrappers(model):
-        module.set_adapter(adapter_name, inference_mode=config.inference_mode)
+    _activate(model, model.peft_config, [adapter_name], config.inference_mode)
     return model
 
 
@@ -179,13 +177,26 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freezes the base, puts its 16-bit parameters into float32, and turns gradient checkpointing on.
 
-    An adapter that is already there is left alone, so that this and `get_peft_model` may come in either
-    order.
+    An adapter that is already there stays as trainable as it is, so that this and `get_peft_model` may
+    come in either order; its copies of whole modules and its biases get the base's new dtype.
     """
-    ours = {id(parameter) for _, parameter in adapter_parameters(model)}
+    biases = [
+        parameter
+        for config in getattr(model, "peft_config", {}).values()
+        for parameter in base_biases(model, config.bias).values()
+        if parameter.requires_grad
+    ]
     freeze_base(model)
+    for parameter in biases:
+        parameter.requires_grad_(True)
+    factors = {
+        id(parameter)
+        for _, layer in lora_layers(model)
+        for name in layer.r
+        for parameter in layer.adapter_parameters(name).values()
+    }
     for parameter in model.parameters():
-        if id(parameter) not in ours and parameter.dtype in (torch.float16, torch.bfloat16):
+        if id(parameter) not in factors and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
         let_gradients_in(model)
@@ -215,6 +226,16 @@ def add_to_model(
         meta=meta,
     )
     return config
+
+
+def _activate(
+    model: nn.Module, configs: dict[str, LoraConfig], names: list[str], inference_mode: bool
+) -> None:
+    for _, module in wrappers(model):
+        module.set_adapter(names, inference_mode=inference_mode)
+    for name, config in configs.items():
+        for parameter in base_biases(model, config.bias).values():
+            parameter.requires_grad_(name in names and not inference_mode)
 
 
 def checkpoints_activations(model: nn.Module) -> bool:
