@@ -1,6 +1,8 @@
 """PEFT's public names: what each does to a whole model."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -577,6 +579,38 @@ def test_any_module_can_be_the_base():
 
 
 # --- copies ---------------------------------------------------------------------------------------
+
+COPIES = {
+    "linear": (llama, {"target_modules": ["q_proj"]}),
+    "dora": (llama, {"target_modules": ["q_proj"], "use_dora": True}),
+    "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "Conv1D, saved": (gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]}),
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_computes_the_same_and_is_independent(case, how):
+    build, options = COPIES[case]
+    model = adapted(build(), **options)
+    before = logits(model)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    torch.testing.assert_close(logits(twin), before, atol=0, rtol=0)
+    assert trainable(twin) == trainable(model)
+    randomise(twin, seed=5)
+    assert not torch.equal(logits(twin), before)
+    torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
+    truth = logits(model_by_formula(twin, build()))
+    twin.merge_adapter()
+    torch.testing.assert_close(logits(twin), truth, atol=1e-5, rtol=1e-5)
 
 
 def test_a_copy_of_a_merged_model_can_be_unmerged():

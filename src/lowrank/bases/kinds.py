@@ -43,6 +43,14 @@ class Kind(NamedTuple):
         out, in_ = self.store(module).read().shape
         return out, in_
 
+    def __reduce__(self) -> tuple:
+        """A copied or pickled layer refers to the same row: functions do not pickle, and rows are compared."""
+        return _row, (self.name,)
+
+
+def _row(name: str) -> Kind:
+    return next(kind for kind in (*KINDS, TRANSPOSED) if kind.name == name)
+
 
 MATRIX = Layout(
     "lora_A",
