@@ -1,5 +1,6 @@
 """Supervised fine-tuning of a causal language model: transformers' Trainer underneath."""
 
+import dataclasses
 import resource
 import sys
 from collections.abc import Sequence
@@ -113,6 +114,14 @@ def training_arguments(
     """transformers' TrainingArguments for our settings."""
     from transformers import TrainingArguments
 
+    names = {f.name for f in dataclasses.fields(TrainingArguments)}
+    # the old name warns where the new one exists; drop it when transformers >= 6
+    recompute = (
+        "activation_checkpointing"
+        if "activation_checkpointing" in names
+        else "gradient_checkpointing"
+    )
+    extra: dict[str, Any] = {recompute: True} if settings.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=settings.epochs,
@@ -127,7 +136,6 @@ def training_arguments(
         max_grad_norm=settings.max_grad_norm,
         train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         seed=settings.seed,
-        gradient_checkpointing=settings.gradient_checkpointing or None,
         eval_strategy=_strategy(settings.eval_steps) if evaluate else "no",
         eval_steps=settings.eval_steps,
         save_strategy=_strategy(settings.save_steps),
@@ -143,6 +151,7 @@ def training_arguments(
         disable_tqdm=True,
         use_cpu=use_cpu,
         report_to=[],
+        **extra,
     )
 
 

@@ -1,0 +1,143 @@
+import math
+
+import pytest
+import text
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank.train.encode import IGNORE, encode, prompt_ids
+from lowrank.train.evaluate import (
+    answer_rows,
+    evaluate,
+    exact_match,
+    generate_batch,
+    longest_common_subsequence,
+    mean_loss,
+    rouge_l,
+    summed_loss,
+)
+from lowrank.train.rows import Row
+
+ROWS = [Row(f"say {'x' * n}", "abc" * n, f"f:{n}") for n in (1, 7, 2, 5, 3)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return text.byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.llama(vocab=text.VOCABULARY, dtype=torch.float32)
+
+
+def loss_by_hand(model, examples):
+    """Nats and tokens, a row at a time without padding, in float64 from the logits."""
+    nats, tokens = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([example["input_ids"]])
+        logits = model(input_ids=ids).logits[0].double()
+        for position in range(1, ids.shape[1]):
+            if example["labels"][position] != IGNORE:
+                row = logits[position - 1]
+                nats += float(torch.logsumexp(row, 0) - row[ids[0, position]])
+                tokens += 1
+    return nats, tokens
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_over_all_supervised_tokens(model, tokenizer):
+    data = encode(ROWS, tokenizer, max_length=100)
+    nats, tokens = loss_by_hand(model, data.examples)
+    for batch_size in (1, 2, 5):  # rows of other lengths beside it change nothing
+        loss, counted = mean_loss(model, data.examples, 0, batch_size)
+        assert counted == tokens == data.supervised
+        assert loss == pytest.approx(nats / tokens, rel=1e-5)
+    result = evaluate(model, tokenizer, data)
+    assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def test_loss_ignores_what_is_not_supervised():
+    logits = torch.randn(2, 5, 11, dtype=torch.float64)
+    labels = torch.tensor([[IGNORE, IGNORE, 3, 4, IGNORE], [7, 1, IGNORE, IGNORE, 2]])
+    expected = -sum(
+        torch.log_softmax(logits[i, t - 1].float(), 0)[label]
+        for i, t, label in [(0, 2, 3), (0, 3, 4), (1, 1, 1), (1, 4, 2)]
+    )
+    torch.testing.assert_close(summed_loss(logits, labels), expected)
+
+
+@torch.no_grad()
+def test_a_batch_answers_as_each_prompt_alone(model, tokenizer):
+    """Left padding: each answer follows its own prompt."""
+    answers = answer_rows(model, tokenizer, ROWS, max_new_tokens=6, batch_size=4)
+    for row, answer in zip(ROWS, answers, strict=True):
+        prompt = f"<|user|>{row.prompt}<|end|>\n<|assistant|>"
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        new = []
+        for _ in range(6):  # greedy, without a cache
+            token = (
+                model(input_ids=torch.cat([ids, torch.tensor([new], dtype=int)], 1))
+                .logits[0, -1]
+                .argmax()
+            )
+            if token == tokenizer.eos_token_id:
+                break
+            new.append(int(token))
+        assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_generation_keeps_the_training_mode_and_makes_no_graph(model, tokenizer):
+    model.train()
+    generate_batch(model, tokenizer, prompt_ids(["a"], tokenizer, True), 2)
+    assert model.training
+    model.eval()
+
+
+def test_only_rows_with_a_prompt_are_answered(model, tokenizer):
+    data = encode([Row(None, "text", "f:1"), *ROWS], tokenizer, max_length=100)
+    result = evaluate(model, tokenizer, data, generate=2, max_new_tokens=3)
+    assert (result.rows, result.answered) == (6, 2)
+    assert [answer.expected for answer in result.answers] == ["abc", "abc" * 7]
+    nothing = evaluate(model, tokenizer, data, generate=0)
+    assert nothing.exact_match is None
+    assert nothing.answers == []
+
+
+def test_exact_match_forgives_only_white_space():
+    assert exact_match(" track  a parcel\n", "track a parcel")
+    assert not exact_match("Track a parcel", "track a parcel")
+    assert not exact_match("", "track")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "f1"),
+    [
+        # Lin 2004, §3.1: "police kill the gunman" shares 2 words in order with the reference
+        ("police kill the gunman", "police killed the gunman", 3 / 4),
+        ("the gunman kill police", "police killed the gunman", 2 / 4),
+        ("The gunman, killed!", "the gunman killed", 1.0),
+        ("a", "a b c", 2 * (1 * 1 / 3) / (1 + 1 / 3)),
+        ("", "a", 0.0),
+        ("Äpfel über", "äpfel", 2 / 3),
+    ],
+)
+def test_rouge_l(answer, expected, f1):
+    assert rouge_l(answer, expected) == pytest.approx(f1)
+
+
+words = st.lists(st.sampled_from("abc"), max_size=7)
+
+
+@given(words, words)
+def test_longest_common_subsequence_against_all_subsequences(a, b):
+    def subsequences(items):
+        return {
+            tuple(item for i, item in enumerate(items) if mask >> i & 1)
+            for mask in range(2 ** len(items))
+        }
+
+    longest = max(len(s) for s in subsequences(a) & subsequences(b))
+    assert longest_common_subsequence(a, b) == longest

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+from text import write_rows
+
+from lowrank.train.rows import DataError, read_rows
+
+GOOD = {"prompt": "2 + 2?", "completion": "4"}
+
+
+def test_the_three_shapes(tmp_path):
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"prompt": "p", "completion": "c", "other": 1},
+        b"",
+        {"text": "t"},
+    )
+    rows = read_rows([path])
+    assert [(row.prompt, row.answer) for row in rows] == [
+        ([{"role": "user", "content": "a"}], "b"),
+        ("p", "c"),
+        (None, "t"),
+    ]
+    assert rows[-1].where == f"{path}:4"
+
+
+BAD = {
+    b'{"prompt": "a", "completion": "b"': "broken JSON at column",
+    b"[1, 2]": "expected an object {…}, found a list",
+    b'{"text": "\xff"}': "not UTF-8: byte 0xff at 10",
+    b'{"question": "a", "answer": "b"}': "its columns: question, answer",
+    b'{"prompt": "a"}': "column `completion` is missing",
+    b'{"prompt": 3, "completion": "b"}': "`prompt` should be a string, found a number",
+    b'{"prompt": "a", "completion": " "}': "`completion` is empty",
+    b'{"prompt": "a", "completion": null}': "`completion` should be a string, found null",
+    b'{"text": ""}': "`text` is empty",
+    b'{"messages": "a"}': "`messages` should be a list, found a string",
+    b'{"messages": []}': "`messages` is empty",
+    b'{"messages": [{"role": "user", "content": "a"}]}': "it is the user's",
+    b'{"messages": [{"role": "assistant", "content": "a"}]}': "an answer and no question",
+    b'{"messages": [{"role": "user"}]}': "`messages[0]` has no `content`",
+    b'{"messages": ["a"]}': "`messages[0]` should be an object",
+}
+
+
+@pytest.mark.parametrize("line", BAD, ids=lambda line: BAD[line])
+def test_a_bad_line_is_named_by_file_and_line(tmp_path, line):
+    path = write_rows(tmp_path / "rows.jsonl", *[GOOD] * 16, line, GOOD)
+    with pytest.raises(DataError) as caught:
+        read_rows([path])
+    assert f"{path}:17: " in str(caught.value)
+    assert BAD[line] in str(caught.value)
+
+
+def test_all_bad_lines_of_all_files_come_together(tmp_path):
+    first = write_rows(tmp_path / "first.jsonl", GOOD, b"{", b"[]")
+    second = write_rows(tmp_path / "second.jsonl", {"a": 1})
+    empty = write_rows(tmp_path / "empty.jsonl")
+    missing = tmp_path / "missing.jsonl"
+    with pytest.raises(DataError) as caught:
+        read_rows([first, second, empty, missing])
+    text = str(caught.value)
+    for part in ("5 bad lines (1 good)", f"{first}:2", f"{first}:3", f"{second}:1"):
+        assert part in text
+    assert f"{empty}: no rows" in text
+    assert f"{missing}: no such file" in text
+
+
+def test_a_flood_of_bad_lines_is_counted(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", *[b"{"] * 100)
+    with pytest.raises(DataError, match="… and 80 more"):
+        read_rows([path])
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n")
+    assert len(read_rows([path])) == 1

@@ -1,0 +1,213 @@
+import json
+import math
+
+import pytest
+import text
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from lowrank import LoraConfig, PeftModel, compat, get_peft_model
+from lowrank.errors import NotTrainableError
+from lowrank.train.callbacks import DivergedError, Loss, read_log
+from lowrank.train.encode import IGNORE, encode, pad_right
+from lowrank.train.evaluate import mean_loss
+from lowrank.train.rows import Row
+from lowrank.train.settings import EvalSettings, TrainSettings
+from lowrank.train.sft import NotRecognisedError, ResumeError, newest_checkpoint, train_sft
+
+ROWS = [
+    Row(pair["prompt"], pair["completion"] * (1 + i % 3), f"f:{i}")
+    for i, pair in enumerate(text.pairs(22))
+]
+FAST = TrainSettings(epochs=2, learning_rate=1e-2, batch_size=4, logging_steps=3, seed=7)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return text.byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def data(tokenizer):
+    return encode(ROWS, tokenizer, max_length=64), encode(ROWS[:9], tokenizer, max_length=64)
+
+
+def adapted(**options):
+    torch.manual_seed(3)
+    model = tiny.llama(vocab=text.VOCABULARY, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    return get_peft_model(model, config)
+
+
+def fit(model, tokenizer, data, folder, settings=FAST, **options):
+    with compat.standing_in():
+        return train_sft(
+            model, tokenizer, *data, folder, settings, EvalSettings(batch_size=4), **options
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer, data, tmp_path_factory):
+    model, folder = adapted(), tmp_path_factory.mktemp("run")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return model, fit(model, tokenizer, data, folder), folder, start
+
+
+def test_it_learns_and_only_the_adapter_moves(trained):
+    model, result, _, start = trained
+    evals = [line["eval_loss"] for line in result.history if "eval_loss" in line]
+    assert len(evals) == 2
+    assert evals[-1] < evals[0] < math.log(text.VOCABULARY) + 1
+    assert result.steps == 2 * math.ceil(len(ROWS) / 4)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        assert torch.equal(parameter, start[name]) != ("lora_" in name), name
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert result.trainable_params == count
+
+
+def test_the_eval_loss_in_the_log_is_the_loss_that_evaluate_gives(trained, data):
+    """Batches of unequal token counts: the Trainer's own mean of means would be another number."""
+    model, result, _, _ = trained
+    loss, _ = mean_loss(model, data[1].examples, 0, batch_size=3)
+    assert result.history[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_checkpoints_hold_the_adapter_alone(trained):
+    model, result, folder, _ = trained
+    newest = newest_checkpoint(folder)
+    assert newest.name == f"checkpoint-{result.steps}"
+    assert not list(newest.glob("model*"))
+    saved = load_file(newest / "adapter_model.safetensors")
+    assert {key for key in saved if "lora_" not in key} == set()
+    live = dict(model.named_parameters())
+    for key, tensor in saved.items():
+        assert torch.equal(tensor, live[key.replace(".weight", ".default.weight")])
+
+
+def test_the_log_file_is_the_history(trained):
+    _, result, folder, _ = trained
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert lines == result.history
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == [1, 3, 6, 9, 12]  # the first, every third, the last
+    assert {"step", "epoch", "seconds", "loss", "grad_norm", "learning_rate"} == set(lines[0])
+
+
+def test_the_same_seed_gives_the_same_bits(trained, tokenizer, data, tmp_path):
+    again = adapted()
+    fit(again, tokenizer, data, tmp_path)
+    for (name, one), two in zip(trained[0].named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_resume_ends_where_the_whole_run_ended(trained, tokenizer, data, tmp_path):
+    fit(adapted(), tokenizer, data, tmp_path)
+    newest = newest_checkpoint(tmp_path)
+    for path in newest.iterdir():  # as if the run had died after its first epoch
+        path.unlink()
+    newest.rmdir()
+    model = adapted()
+    result = fit(model, tokenizer, data, tmp_path, resume_from=newest_checkpoint(tmp_path))
+    assert result.steps == trained[1].steps
+    for (name, one), two in zip(trained[0].named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    logged = [line["step"] for line in result.history]
+    assert logged == [line["step"] for line in trained[1].history]
+
+
+def test_nothing_to_resume_is_an_error(tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()  # begun and never finished
+    with pytest.raises(ResumeError, match="no checkpoint in"):
+        newest_checkpoint(tmp_path)
+
+
+def test_the_newest_checkpoint_is_the_one_of_most_steps(tmp_path):
+    for n in (9, 100, 20):
+        (tmp_path / f"checkpoint-{n}").mkdir()
+        (tmp_path / f"checkpoint-{n}" / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path).name == "checkpoint-100"
+
+
+def test_gradients_of_a_step_with_accumulation(tokenizer, data):
+    """Two batches of unequal token counts: gradients of the mean over all tokens of both."""
+    model, rows = adapted(), data[0].examples[:6]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batches = [pad_right(0)(rows[:2]), pad_right(0)(rows[2:])]
+    count = sum(int((b["labels"][:, 1:] != IGNORE).sum()) for b in batches)
+    loss = Loss(None)
+    for batch in batches:
+        labels = batch.pop("labels")
+        loss(model(**batch), labels, num_items_in_batch=count).backward()
+    ours = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for example in rows:  # one at a time, in float64, without our loss
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
+        logits = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)
+        for position in range(1, len(labels)):
+            if labels[position] != IGNORE:
+                total = total - logits[position - 1, labels[position]]
+    (total / count).backward()
+    theirs = [p.grad for p in model.parameters() if p.requires_grad]
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_trains_the_same(trained, tokenizer, data, tmp_path):
+    model = adapted()
+    settings = TrainSettings(**{**vars(FAST), "gradient_checkpointing": True})
+    result = fit(model, tokenizer, data, tmp_path, settings)
+    assert result.train_loss == pytest.approx(trained[1].train_loss, rel=1e-4)
+
+
+def test_every_weight_can_be_trained_too(tokenizer, data, tmp_path):
+    model = tiny.llama(vocab=text.VOCABULARY, dtype=torch.float32)
+    result = fit(model, tokenizer, data, tmp_path, TrainSettings(max_steps=3, batch_size=4))
+    assert result.steps == 3
+    assert result.trainable_params == result.total_params
+    assert (newest_checkpoint(tmp_path) / "model.safetensors").is_file()
+
+
+def test_an_adapter_loaded_for_inference_is_refused(trained, tokenizer, data, tmp_path):
+    trained[0].save_pretrained(tmp_path / "adapter")
+    base = tiny.llama(vocab=text.VOCABULARY, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with pytest.raises(NotTrainableError, match="is_trainable=True"):
+        fit(model, tokenizer, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.interop
+def test_a_trainer_that_would_not_know_the_adapter_is_refused(tokenizer, data, tmp_path):
+    """With PEFT installed and not replaced, whole models would be saved without a word."""
+    with pytest.raises(NotRecognisedError, match="standing_in"):
+        train_sft(adapted(), tokenizer, *data, tmp_path, FAST)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(tokenizer, data, tmp_path):
+    model = adapted()
+    norm = model.get_base_model().model.norm
+
+    def broken(module, inputs, output):
+        return output * (math.nan if broken.calls > 9 else 1)
+
+    broken.calls = 0
+    handle = norm.register_forward_hook(
+        lambda *a: (setattr(broken, "calls", broken.calls + 1), broken(*a))[1]
+    )
+    with pytest.raises(
+        DivergedError, match=r"the loss is nan at step 10 of 12;[\s\S]*learning_rate"
+    ):
+        fit(model, tokenizer, (data[0], None), tmp_path)
+    handle.remove()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_cut_off_line_of_the_log_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_log(path) == [{"step": 1}, {"step": 2}]
