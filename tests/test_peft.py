@@ -637,6 +637,20 @@ def test_state_dict_round_trip():
     torch.testing.assert_close(logits(fresh), logits(model), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("how", ["to", "bfloat16"])
+def test_a_merged_model_that_changes_dtype_can_still_be_unmerged(how):
+    model = adapted(llama(dtype=torch.float32))
+    expected = copy.deepcopy(model).to(torch.bfloat16)
+    model.merge_adapter()
+    if how == "to":
+        model.to(torch.bfloat16)
+    else:
+        model.bfloat16()
+    model.unmerge_adapter()
+    assert same_bits(bits(model), bits(expected))
+    torch.testing.assert_close(logits(model), logits(expected), atol=0, rtol=0)
+
+
 # --- training what cannot be trained --------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 One forward and one merge serve every kind of layer: what differs is in the `Kind` (lowrank.bases.kinds).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -125,6 +125,7 @@ class LoraLayer(nn.Module):
         self.scaling[name] = self._initial_scaling[name] = scaling
         self.use_dora[name], self.lora_bias[name] = use_dora, lora_bias
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.train(self.base_layer.training)
         if use_dora:
             with torch.no_grad():
                 W = (
@@ -272,13 +273,14 @@ class LoraLayer(nn.Module):
 
     # --- forward ----------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = self._live()
         if not names:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         if self.kind.op is None:
-            return functional_call(self.base_layer, self._weights_with(names), (x, *args), kwargs)
-        y = base_output = self.base_layer(x, *args, **kwargs)
+            return functional_call(self.base_layer, self._weights_with(names), args, kwargs)
+        y = base_output = self.base_layer(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear calls it `input`
         for name in names:
             y = self._add_output_change(name, x, base_output, y)
         return y
@@ -300,11 +302,11 @@ class LoraLayer(nn.Module):
         if lora.magnitude is None:
             return y + z
         # Liu et al. 2024, eq. 5: y = c·(W + ΔW)x + b with c = m / ‖W + ΔW‖
-        c = lora.magnitude / merged_weight_norm(self.unmerged_weight(), lora)
-        c = c.to(y.dtype).view(along)
+        c = (lora.magnitude / merged_weight_norm(self.unmerged_weight(), lora)).view(along)
         bias = getattr(base, self.kind.bias, None)
         without_bias = base_output if bias is None else base_output - bias.to(y.dtype).view(along)
-        return y + (c - 1) * without_bias + c * z
+        # in bfloat16 a c near 1 would be 1, and c − 1 nothing
+        return y + (c - 1).to(y.dtype) * without_bias + c.to(y.dtype) * z
 
     def _weights_with(self, names: list[str]) -> dict[str, Tensor]:
         """The base layer's weight, and its bias if one changes, with the adapters in them; with autograd."""
@@ -381,6 +383,14 @@ class LoraLayer(nn.Module):
         if bias is not None:
             self.base_layer._parameters[self.kind.bias] = bias
         self._unmerged, self.merged_adapters = None, []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraLayer":
+        """`.to()` and the like also take along what `unmerge` will put back."""
+        super()._apply(fn, recurse)
+        for saved in self._unmerged or ():
+            if isinstance(saved, nn.Parameter):
+                saved.data = fn(saved.data)
+        return self
 
     def forget_unmerged(self) -> None:
         """Makes what is merged final: the unmerged weight is let go, and `unmerge` does nothing."""
