@@ -345,6 +345,17 @@ def test_an_adapter_of_the_same_name_is_refused():
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["", "a.b", "a/b", "__class__", "keys", "forward", "training", "get", "copy", "_modules"],
+)
+def test_a_name_that_cannot_be_part_of_a_parameters_name_is_refused(name):
+    model = nn.Sequential(nn.Linear(7, 5), nn.Embedding(7, 5))
+    with pytest.raises(AdapterNameError):
+        adapt(model, "0", "1", name=name)
+    assert not list(adapter_parameters(model))
+
+
+@pytest.mark.parametrize(
     "name", ["lora_A", "weight", "default.".strip("."), "0", "base_layer", "größe 2"]
 )
 def test_an_unusual_name_works(name):

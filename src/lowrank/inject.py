@@ -66,10 +66,11 @@ def check_name(model: nn.Module, name: str) -> None:
         or "/" in name
         or name.startswith("__")
         or hasattr(nn.ModuleDict(), name)
+        or hasattr(nn.ParameterDict(), name)
     ):
         raise AdapterNameError(
             f"{name!r} cannot name an adapter: it becomes part of parameter names, so it must not be empty, "
-            'contain "." or "/", begin with "__", or be an attribute of torch.nn.ModuleDict.'
+            'contain "." or "/", begin with "__", or be an attribute of torch.nn.ModuleDict or ParameterDict.'
         )
     if name in adapter_names(model):
         raise AdapterNameError(
