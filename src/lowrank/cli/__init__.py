@@ -23,10 +23,10 @@ from lowrank.errors import LowrankError, did_you_mean
 
 # the one line of each command stands here, so that `lowrank --help` imports none of them
 COMMANDS = {
-    "quickstart": "train, compare, merge and verify on the embedded model: no arguments needed",
-    "plan": "print what would be adapted, parameters and bytes, without loading weights",
+    "quickstart": "the whole job on the embedded model: no arguments, no network",
+    "plan": "what would be adapted: targets, parameters, bytes; loads no weights",
     "train": "train an adapter from a YAML file, from flags, or from both",
-    "evaluate": "loss, perplexity and exact match of a base, an adapter or a merged model",
+    "evaluate": "loss, perplexity and exact match of a base, adapter or merged model",
     "generate": "answer a prompt, with or without an adapter",
     "merge": "write base + adapter as one model folder that transformers loads",
     "verify": "prove that a merged folder is the same function as base + adapter",
@@ -71,7 +71,7 @@ def _call(name: str, words: list[str]) -> int:
         allow_abbrev=False,
     )
     command.add_arguments(parser)
-    args, unknown = parser.parse_known_args(words)
+    args, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         parser.error(
