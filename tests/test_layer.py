@@ -97,6 +97,20 @@ def test_the_default_dtype_of_an_adapter_is_float32_but_float64_on_a_float64_bas
     assert {p.dtype for _, p in adapter_parameters(model)} == {expected}
 
 
+def test_a_small_change_of_doras_magnitude_is_not_rounded_away_in_bfloat16():
+    """m/‖V‖ = 1.003 is 1 in bfloat16, and the whole effect of the magnitude would be gone."""
+    torch.manual_seed(1)
+    model = adapt(
+        nn.Sequential(nn.Linear(64, 48, bias=False)).bfloat16(), "0", moved=False, use_dora=True
+    )
+    with torch.no_grad():
+        x = torch.randn(500, 64, dtype=torch.bfloat16)
+        before = model(x)
+        only(model).lora_magnitude_vector["default"].weight.mul_(1.003)
+        growth = (model(x).double() * before.double()).sum() / before.double().square().sum()
+    assert growth == pytest.approx(1.003, abs=3e-4)
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 
@@ -153,7 +167,43 @@ def test_dropout_of_a_convolution_acts_on_its_input():
         torch.testing.assert_close(y, layer.base_layer(x) + change, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_added_in_eval_mode_does_not_drop():
+    model = nn.Sequential(nn.Linear(50, 6), nn.Linear(6, 3)).eval()
+    adapt(model, "0", lora_dropout=0.5)
+    x = torch.randn(9, 50)
+    assert torch.equal(model(x), model(x))
+    assert not any(module.training for module in model.modules())
+    adapt(model.train(), "1", name="other", lora_dropout=0.5)
+    assert all(module.training for module in model.modules())
+
+
 # --- being called, read and copied as the base layer was ------------------------------------------
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(7, 5), torch.ones(2, 7)),
+        (nn.Embedding(7, 5), torch.tensor([3, 1])),
+        (nn.Conv1d(7, 5, 2), torch.ones(2, 7, 4)),
+    ],
+    ids=["linear", "embedding", "conv"],
+)
+def test_the_input_may_be_given_by_keyword(layer, x, keyword):
+    model = adapt(nn.ModuleDict({"layer": layer}), "layer")
+    y = model["layer"](x)
+    assert torch.equal(y, model["layer"](input=x))
+    assert not torch.allclose(y, layer(x))
+
+
+def test_attention_may_be_called_by_keyword():
+    model = adapt(nn.ModuleDict({"layer": nn.MultiheadAttention(6, 2)}), "layer")
+    x = torch.randn(4, 2, 6)
+    y, weights = model["layer"](x, x, x)
+    y2, weights2 = model["layer"](query=x, key=x, value=x)
+    assert torch.equal(y, y2)
+    assert torch.equal(weights, weights2)
 
 
 def test_attributes_of_the_base_layer_answer_as_before():
