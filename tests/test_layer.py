@@ -256,6 +256,57 @@ def test_it_prints_what_it_is():
 PARTS = ["self_attn", "out_proj", "linear1", "linear2"]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("method", ["lora", "dora", "lora_bias"])
+@pytest.mark.parametrize(
+    "parts", [*([part] for part in PARTS), ["linear1", "linear2"], PARTS], ids="+".join
+)
+def test_the_fused_path_of_an_encoder_layer_has_the_adapters_in_it(parts, method, monkeypatch):
+    """In eval mode torch's TransformerEncoderLayer takes the weights of its parts and calls none of them."""
+    fused = []
+    kernel = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(
+        torch, "_transformer_encoder_layer_fwd", lambda *a: fused.append(1) or kernel(*a)
+    )
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(12, 4, 18, dropout=0.0, batch_first=True), 2
+    )
+    for name, parameter in encoder.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)
+    plain = copy.deepcopy(encoder).double()
+    options = {"lora": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}}[method]
+    model = adapt(nn.ModuleDict({"encoder": encoder}), *parts, **options)
+    state = plain.state_dict()
+    for path, layer in lora_layers(model):
+        name = path.removeprefix("encoder.").replace(".base_layer", "") + "."
+        name += "in_proj_" if path.endswith("self_attn") else ""
+        lora = layer.lora("default")
+        V = state[name + "weight"] + 5 / 3 * lora.B.detach().double() @ lora.A.detach().double()
+        if lora.magnitude is not None:
+            V = lora.magnitude.detach().double()[:, None] * V / V.norm(dim=1, keepdim=True)
+        state[name + "weight"] = V
+        if lora.bias is not None:
+            state[name + "bias"] = state[name + "bias"] + 5 / 3 * lora.bias.detach().double()
+    plain.load_state_dict(state)
+
+    x = torch.randn(3, 5, 12)
+    padded = torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    for masks in ({}, {"src_key_padding_mask": padded}):
+        expected = plain.train()(x.double(), **masks).detach()
+        real = ~padded if masks else torch.ones_like(padded)
+        y = encoder.train()(x, **masks)
+        torch.testing.assert_close(y[real].double(), expected[real], rtol=1e-4, atol=1e-5)
+        encoder.eval()
+        fused.clear()
+        with torch.no_grad():
+            y = encoder(x, **masks)
+        torch.testing.assert_close(y[real].double(), expected[real], rtol=1e-4, atol=1e-5)
+        assert len(fused) == 2
+        y = encoder(x, **masks)
+        torch.testing.assert_close(y[real].double(), expected[real], rtol=1e-4, atol=1e-5)
+
+
 # --- several adapters -----------------------------------------------------------------------------
 
 

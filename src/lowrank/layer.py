@@ -75,7 +75,7 @@ class LoraLayer(nn.Module):
             )
             if base is None or hidden:
                 raise
-            if self.kind.op is None and name in (self.kind.weight, self.kind.bias):
+            if self.kind.weight_taken and name in (self.kind.weight, self.kind.bias):
                 # whoever takes the weight to compute with it, as MultiheadAttention does with its
                 # out_proj, gets the one with the adapters in it
                 return self._weights_with(self._live()).get(name, getattr(base, name))
@@ -321,7 +321,8 @@ class LoraLayer(nn.Module):
         ]
         if biases:
             bias = getattr(self.base_layer, self.kind.bias)
-            found[self.kind.bias] = (bias + sum(biases)).to(bias.dtype)
+            total = sum(biases) if bias is None else bias + sum(biases)
+            found[self.kind.bias] = total.to(W.dtype)
         return found
 
     # --- merge ------------------------------------------------------------------------------------

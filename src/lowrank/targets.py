@@ -53,7 +53,8 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
         module = modules[path]
         if id(module) in targets:  # the same module under a second name
             continue
-        target, why_not = _target(model, path, module, config)
+        parent = modules.get(path.rpartition(".")[0], model)
+        target, why_not = _target(model, path, module, parent, config)
         for reason in why_not:
             refused.setdefault(reason, []).append(path)
         if target:
@@ -302,9 +303,9 @@ def _lora_paths(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, LoraL
 
 
 def _target(
-    model: nn.Module, path: str, module: nn.Module, config: LoraConfig
+    model: nn.Module, path: str, module: nn.Module, parent: nn.Module, config: LoraConfig
 ) -> tuple[Target | None, list[str]]:
-    kind = kind_of(module, config.fan_in_fan_out)
+    kind = kind_of(module, config.fan_in_fan_out, parent)
     if kind is None:
         return None, [_why_no_kind(module)]
     r = _pattern_value(config.rank_pattern, path, config.r)

@@ -34,6 +34,9 @@ class Kind(NamedTuple):
     hold: Callable[[nn.Module, str], Store]
     op: Op | None  # None: through the weight
     layout: Layout
+    # whether the module around this one may take the weight and compute with it, in place of calling this
+    # one; it is then handed the weight with the adapters in it
+    weight_taken: bool = False
 
     def store(self, module: nn.Module) -> Store:
         return self.hold(module, self.weight)
@@ -49,7 +52,7 @@ class Kind(NamedTuple):
 
 
 def _row(name: str) -> Kind:
-    return next(kind for kind in (*KINDS, TRANSPOSED) if kind.name == name)
+    return next(kind for kind in (*KINDS, TRANSPOSED, FUSED_LINEAR) if kind.name == name)
 
 
 MATRIX = Layout(
@@ -122,6 +125,7 @@ KINDS: list[Kind] = [
         stores.as_is,
         None,
         MATRIX,
+        weight_taken=True,
     ),
     Kind(
         "embedding with its own forward",
@@ -131,6 +135,7 @@ KINDS: list[Kind] = [
         stores.transposed,
         None,
         EMBEDDING,
+        weight_taken=True,
     ),
     Kind(
         "convolution with its own forward",
@@ -140,17 +145,33 @@ KINDS: list[Kind] = [
         stores.flattened,
         None,
         KERNEL,
+        weight_taken=True,
     ),
-    Kind("any module with a weight", _has_matrix, "weight", "bias", stores.flattened, None, MATRIX),
+    Kind(
+        "any module with a weight",
+        _has_matrix,
+        "weight",
+        "bias",
+        stores.flattened,
+        None,
+        MATRIX,
+        weight_taken=True,
+    ),
 ]
 
 # With fan_in_fan_out=True, for modules that keep (in, out) and whose type does not say so.
 TRANSPOSED = KINDS[-1]._replace(name="any module with a transposed weight", hold=stores.transposed)
 
+# In torch's TransformerEncoderLayer: called in training, and in eval mode fused with its neighbours.
+FUSED_LINEAR = KINDS[0]._replace(name="linear of an encoder layer", weight_taken=True)
 
-def kind_of(module: nn.Module, fan_in_fan_out: bool = False) -> Kind | None:
+
+def kind_of(
+    module: nn.Module, fan_in_fan_out: bool = False, parent: nn.Module | None = None
+) -> Kind | None:
     """The first row that matches `module`, or None if it cannot carry an adapter.
 
+    parent: the module that holds it, where it is known; some take its weight in place of calling it.
     A weight that is not a floating-point parameter of at least two dimensions (packed, quantised,
     parametrised, a vector) matches nothing.
     """
@@ -159,5 +180,9 @@ def kind_of(module: nn.Module, fan_in_fan_out: bool = False) -> Kind | None:
             weight = module._parameters.get(kind.weight)
             if weight is None or weight.ndim < 2 or not weight.is_floating_point():
                 return None
+            if kind is KINDS[0] and isinstance(parent, nn.TransformerEncoderLayer):
+                return FUSED_LINEAR
+            if kind is KINDS[0] and isinstance(parent, nn.MultiheadAttention):
+                return KINDS[-1]  # as its own out_proj, whose forward is never called
             return TRANSPOSED if fan_in_fan_out and kind is KINDS[-1] and weight.ndim == 2 else kind
     return None
