@@ -44,7 +44,7 @@ def test_version(capsys):
         ),
         (["train"], "model.path is missing"),
         (["train", "none.yaml"], "none.yaml: no such file"),
-        (["evaluate"], "the following arguments are required: MODEL"),
+        (["evaluate"], "the following arguments are required: --data"),
         (["plan", "./nothing-here"], "there is no model folder ./nothing-here"),
     ],
 )

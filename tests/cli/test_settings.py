@@ -43,7 +43,7 @@ WRONG = {
     "train:\n  lerning_rate: 1": "run.yaml:2: unknown key train.lerning_rate. Did you mean 'train.learning_rate'",
     "train:\n  num_train_epochs: 1": "unknown key train.num_train_epochs. Did you mean 'train.epochs'?",
     "train:\n  lora_dropout: 1": "unknown key train.lora_dropout. Did you mean 'lora.lora_dropout'?",
-    "# a comment\ntrian:\n  epochs: 1": "run.yaml:2: unknown section 'trian'. Did you mean 'train'?",
+    "trian:\n  epochs: 1\n  seed: 2": "run.yaml:2: unknown section 'trian'. Did you mean 'train'?",
     "train: 3": "run.yaml:1: section 'train' should hold settings, found 3.",
     "train:\n  epochs: many": "run.yaml:2: train.epochs should be a number, found 'many'",
     "train:\n  epochs: true": "train.epochs should be a number, found True",
@@ -66,6 +66,7 @@ def test_what_is_wrong_is_said_with_its_place(config, text):
     with pytest.raises(SettingsError) as caught:
         resolve(config(text), flags, ())
     assert WRONG[text] in str(caught.value)
+    assert "problems" not in str(caught.value)  # it is the only one
 
 
 def test_all_problems_come_at_once(config):

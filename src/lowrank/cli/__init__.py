@@ -24,9 +24,9 @@ from lowrank.errors import LowrankError, did_you_mean
 # the one line of each command stands here, so that `lowrank --help` imports none of them
 COMMANDS = {
     "quickstart": "the whole job on the embedded model: no arguments, no network",
-    "plan": "what would be adapted: targets, parameters, bytes; loads no weights",
+    "plan": "what would be adapted: targets, parameters, bytes; no weights read",
     "train": "train an adapter from a YAML file, from flags, or from both",
-    "evaluate": "loss, perplexity and exact match of a base, adapter or merged model",
+    "evaluate": "loss, perplexity, exact match of a base, adapter or merged model",
     "generate": "answer a prompt, with or without an adapter",
     "merge": "write base + adapter as one model folder that transformers loads",
     "verify": "prove that a merged folder is the same function as base + adapter",

@@ -220,13 +220,16 @@ def _gathered(values: Mapping[str, Any], origin: dict[str, str]) -> RunSettings:
 
 def _from_file(path: Path, known: Mapping[str, Setting], problems: list[str]) -> list[tuple]:
     """(name, value, "file:line") of a YAML file; what is unknown goes to `problems`."""
-    given = []
+    given, unknown = [], set()
     try:
         entries = read_yaml(path)
     except Wrong as wrong:
         raise SettingsError(str(wrong)) from None
     for section, leaf, value, where in entries:
         if section not in SECTIONS:
+            if section in unknown:
+                continue  # once, not for each of its keys
+            unknown.add(section)
             hint = _suggestion(section, known) or did_you_mean(section, SECTIONS)
             problems.append(f"{where}: unknown section {section!r}.{hint}")
         elif leaf is None:
