@@ -279,6 +279,9 @@ def _saved_paths(
     wanted = [*named, *heads]
     found = [path for path in modules if any(_is_or_ends(path, name) for name in wanted)]
     outermost = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    for path in outermost:
+        reasons = _why_never_called(model, path, modules[path])
+        problems += [f"modules_to_save: {path}: {reason}" for reason in reasons]
     adapted = {
         path
         for path, module in _lora_paths(model)
@@ -317,6 +320,7 @@ def _target(
         reasons.append(
             f"{model_type} passes this layer's weight to a fused kernel and never calls the layer; leave it out."
         )
+    reasons += _why_never_called(model, path, module)
     if isinstance(r, int) and r < 1:
         return None, reasons
     params = r * (in_ + out) + (out if config.use_dora else 0) + (out if config.lora_bias else 0)
@@ -369,6 +373,20 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
         'init_lora_weights="orthogonal" needs an even r.',
     ),
 ]
+
+
+def _why_never_called(model: nn.Module, path: str, module: nn.Module) -> list[str]:
+    """Encoder-decoders tie the embeddings of both halves to one, `shared`, that no forward calls."""
+    if path.rpartition(".")[2] != "shared" or not isinstance(module, nn.Embedding):
+        return []
+    weight = module._parameters["weight"]
+    runs = [
+        other
+        for other, m in walk(model)
+        if m is not module and isinstance(m, nn.Embedding) and m._parameters["weight"] is weight
+    ]
+    text = f"the model never calls it, it only lends its weight to {', '.join(runs)}; name those."
+    return [text] if runs else []
 
 
 def _why_no_kind(module: nn.Module) -> str:
