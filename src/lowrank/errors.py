@@ -41,7 +41,7 @@ class AdapterNameError(LowrankError, ValueError):
 
 
 class MergeError(LowrankError, ValueError):
-    """A merge that cannot be done, or would not be finite. The base is untouched."""
+    """A merge that cannot be done, or would not be finite. Unless the text says so, the base is untouched."""
 
 
 class NotTrainableError(LowrankError, RuntimeError):

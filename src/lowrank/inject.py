@@ -78,11 +78,23 @@ def check_name(model: nn.Module, name: str) -> None:
         )
 
 
-def eject(model: nn.Module) -> None:
-    """Takes every wrapper out: base layers as they are now (merged or not), saved modules as they run now."""
+def eject(model: nn.Module, copies_of: Sequence[str] | None = None) -> None:
+    """Takes every wrapper out. Base layers stay as they are now (merged or not).
+
+    copies_of: the adapters whose copies of saved modules stay in the place of the originals; None: those
+    that run now.
+    """
     references = _references(model)
     for _, module in list(wrappers(model)):
-        inner = module.base_layer if isinstance(module, LoraLayer) else module.running_module
+        if isinstance(module, LoraLayer):
+            inner = module.base_layer
+        elif copies_of is None:
+            inner = module.running_module
+        else:
+            copies = [
+                module.modules_to_save[name] for name in copies_of if name in module.modules_to_save
+            ]
+            inner = copies[0] if copies else module.original_module
         for parent, attribute in references[id(module)]:
             setattr(parent, attribute, inner)
 

@@ -356,7 +356,7 @@ class LoraLayer(nn.Module):
             )
             if not torch.isfinite(merged).all():
                 raise MergeError(
-                    f"Merging {names} gives NaN or infinity in {W.dtype}; the base is untouched."
+                    f"Merging {names} gives NaN or infinity in {W.dtype}; this layer is as it was."
                 )
             biases = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
             bias = self._unmerged[1] if self._unmerged else getattr(base, self.kind.bias, None)
