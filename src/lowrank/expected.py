@@ -1,0 +1,217 @@
+"""What a merge has to give, worked out again in float64 from the files alone.
+
+This is the measure that `merge` and `verify` hold a merged model against, so it shares no code with
+the layers, the injection or the merge: two equal mistakes would cancel. It knows PEFT's file format
+(key names, shapes), the formulas, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import AdapterMismatchError
+
+PREFIX = "base_model.model."
+LORA_KEY = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?")
+
+
+class Change(NamedTuple):
+    """What the adapter makes of one tensor of the base."""
+
+    name: str  # in the model's state dict
+    before: Tensor  # float64; what the adapter starts from at this tensor
+    after: Tensor  # float64; what a merged model has to hold, before rounding to its dtype
+    saved: bool  # True: the file holds the tensor itself (modules_to_save, trained biases)
+
+
+class Scales(Protocol):
+    """The fields of an adapter's config that decide the numbers."""
+
+    lora_alpha: Any
+    use_rslora: Any
+    alpha_pattern: Any
+    fan_in_fan_out: Any
+
+
+def changes(
+    weights: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    config: Scales,
+    held_transposed: frozenset[str] = frozenset(),
+) -> Iterator[Change]:
+    """Every tensor of the base that the adapter changes, one at a time, as float64.
+
+    weights: the base's state dict, tied names each listed. tensors: the adapter's file, PEFT's keys.
+    held_transposed: the names in `weights` held as (in, out), which is what `conv1d_weights` finds.
+    LoRA: W + scaling·B·A (Hu et al. 2021, §4.1). DoRA: m ⊙ V / ‖V‖ by row, V = W + scaling·B·A
+    (Liu et al. 2024, eq. 5). Tensors that the file holds whole replace the base's.
+    Raises AdapterMismatchError, with every such key, if a key belongs to nothing in `weights`.
+    """
+    lora, saved, strangers = _sort(weights, tensors)
+    if strangers:
+        raise AdapterMismatchError(
+            f"{len(strangers)} of the adapter's {len(tensors)} tensors belong to nothing in the base:\n  "
+            + "\n  ".join(sorted(strangers)[:20])
+            + "\nWas the adapter trained on this base, and for this task?"
+        )
+    for path, parts in lora.items():
+        yield from _adapted(path, parts, weights, saved, config, held_transposed)
+    for name, value in saved.items():
+        before = weights[name].double()
+        after = value.double()
+        yield Change(name, before if before.shape == after.shape else 0 * after, after, saved=True)
+
+
+def _sort(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]):
+    """The file's tensors as {path: {part: tensor}} (LoRA), {name: tensor} (saved), [key] (neither)."""
+    lora: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    strangers: list[str] = []
+    for key, value in tensors.items():
+        if ".original_module." in key or ".modules_to_save." in key:
+            continue  # with bias="all" PEFT writes these beside the same tensor under its proper key
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        match = LORA_KEY.fullmatch(name)
+        if match:
+            path, part, what = match.groups()
+            known = _weight_name(path, weights) is not None
+            part = "lora_bias" if what == "bias" else part.replace("embedding_", "")
+            if "lora_embedding" in name:
+                lora.setdefault(path, {})["embedding"] = value
+            lora.setdefault(path, {})[part] = value
+        else:
+            known = name in weights
+            saved[name] = value
+        if not known:
+            strangers.append(key)
+    return lora, saved, strangers
+
+
+def _weight_name(path: str, weights: Mapping[str, Tensor]) -> str | None:
+    names = (f"{path}.weight", f"{path}.in_proj_weight")  # the second: MultiheadAttention
+    return next((name for name in names if name in weights), None)
+
+
+def _adapted(
+    path: str,
+    parts: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    saved: dict[str, Tensor],
+    config: Scales,
+    held_transposed: frozenset[str],
+) -> Iterator[Change]:
+    name = _weight_name(path, weights)
+    assert name is not None
+    A, B = parts["lora_A"].double(), parts["lora_B"].double()
+    scaling = _scaling(path, A.shape[0], config)
+    # an embedding saved beside its LoRA (a resized vocabulary) is the base that the LoRA stands on
+    held = saved.pop(name, weights[name]).double()
+    transposed = "embedding" in parts or name in held_transposed
+    W = held.T if transposed else held.flatten(1)  # (out, in)
+    delta = scaling * (B.flatten(1) @ A.flatten(1))  # (out, in)
+    if delta.shape != W.shape:
+        raise AdapterMismatchError(
+            f"{path}: the adapter makes a change of shape {tuple(delta.shape)} "
+            f"(lora_B {tuple(B.shape)} times lora_A {tuple(A.shape)}), the base's weight is "
+            f"{tuple(W.shape)} as (out, in). This adapter was trained on another base."
+        )
+    merged = W + delta
+    magnitude = parts.get("lora_magnitude_vector")
+    if magnitude is not None:
+        m = magnitude.double().reshape(-1, 1)
+        merged = m * merged / merged.norm(dim=1, keepdim=True)
+    merged = merged.T if transposed else merged.reshape(held.shape)
+    yield Change(name, held, merged, saved=False)
+
+    if "lora_bias" in parts:
+        bias = name.removesuffix("weight") + "bias"
+        if bias not in weights:
+            raise AdapterMismatchError(
+                f"{path} has a trained lora_B bias, but the base's layer has no bias to merge it into."
+            )
+        before = saved.pop(bias, weights[bias]).double()
+        yield Change(bias, before, before + scaling * parts["lora_bias"].double(), saved=False)
+
+
+def _scaling(path: str, r: int, config: Scales) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) (Kalajdzievski 2023), as alpha_pattern has it here."""
+    alpha = config.lora_alpha
+    for pattern, value in (config.alpha_pattern or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            alpha = value
+            break
+    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
+
+
+def conv1d_weights(model: torch.nn.Module) -> frozenset[str]:
+    """The names of weights held as (in, out): those of transformers' Conv1D (GPT-2)."""
+    return frozenset(
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if type(module).__name__ == "Conv1D"
+    )
+
+
+class Loss(NamedTuple):
+    """How one tensor `M` of a merged model stands to the `Change` it should hold."""
+
+    error: float  # what is wrong beyond rounding in the worst row, as a share of ‖ΔW‖ there; 0 is right
+    row: int  # which row that is: the index in M's first dimension
+    overall_error: float  # the same over the whole tensor
+    moved: float  # ‖M − W‖ / ‖ΔW‖: 0 if M is still the base's
+    present: float  # how much of the adapter's change is there: 1 all, 0 none, 2 twice
+    rounding: (
+        float  # what the right rounding to M's dtype costs, as a share of the adapter's change
+    )
+    change_norm: float  # ‖ΔW‖, Frobenius
+    rounding_norm: float  # ‖round(W+ΔW) − (W+ΔW)‖, Frobenius
+
+
+def loss(M: Tensor, change: Change) -> Loss:
+    """Compare `M`, any float dtype and of the change's shape, with the change in float64.
+
+    An element is right when it is as near to the exact value as M's dtype allows (and 16 units in
+    the last place of float32, for a sum taken there); only what is beyond that is an error. `error`
+    is that of the worst row, so that a few forgotten rows of a large table count in full.
+    """
+    exact, delta = change.after, change.after - change.before
+    rounded = exact.to(M.dtype).double()
+    slack = 16 * torch.finfo(torch.float32).eps * exact.abs()
+    excess = (M.double() - exact).abs() - (rounded - exact).abs() - slack
+    excess = torch.where(excess.isnan(), torch.inf, excess.clamp_min(0))
+    error, row = _worst_row(excess, delta)
+    change_norm = delta.norm().item()
+    rounding_norm = (rounded - exact).norm().item()
+    moved = M.double() - change.before
+    return Loss(
+        error=error,
+        row=row,
+        overall_error=_share(excess.norm().item(), change_norm),
+        moved=_share(moved.norm().item(), change_norm),
+        present=_share((moved * delta).sum().item(), change_norm**2),
+        rounding=_share(rounding_norm, change_norm),
+        change_norm=change_norm,
+        rounding_norm=rounding_norm,
+    )
+
+
+def _worst_row(excess: Tensor, delta: Tensor) -> tuple[float, int]:
+    """max over rows of ‖excess‖ / ‖ΔW‖ and where it is; hardly changed rows count as 1/1000 of a typical one."""
+    wrong, rows = (t.reshape(t.shape[0] if t.ndim else 1, -1).norm(dim=1) for t in (excess, delta))
+    if not wrong.any():
+        return 0.0, 0
+    typical = rows.square().mean().sqrt()
+    worst, row = (wrong / rows.clamp_min(1e-3 * typical)).nan_to_num(0, posinf=math.inf).max(dim=0)
+    return worst.item(), int(row)
+
+
+def _share(part: float, whole: float) -> float:
+    if whole == 0:
+        return 0.0 if part == 0 else math.inf
+    return part / whole

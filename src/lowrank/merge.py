@@ -1,0 +1,252 @@
+"""Base and adapter as one model folder that transformers loads without us."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import MergeError
+from lowrank.expected import Change, changes, conv1d_weights, loss
+from lowrank.model_folder import file_of, has_tokenizer, is_tied, load_base, quiet, task_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding to the merged dtype costs at one tensor."""
+
+    name: str
+    dtype: str
+    loss: float  # ‖round(W+ΔW) − (W+ΔW)‖ / ‖ΔW‖: 0.02 means noise of 2% of the adapter's change
+
+
+@dataclass(frozen=True)
+class MergedFolder:
+    """What `merge_to_folder` wrote."""
+
+    path: str
+    base: str
+    adapter: str
+    task: str  # a task_type, "CAUSAL_LM"
+    dtype: str  # of the adapted weights, "bfloat16"
+    total_bytes: int
+    untied: bool  # the base's one embedding is two tensors now, input and output
+    tokenizer: str | None  # the folder its tokenizer came from; None: neither has one
+    rounding: list[Rounding]  # every changed tensor, the costliest first
+    overall_rounding: float  # as Rounding.loss, over all of them together
+
+
+def merge_to_folder(
+    base: str | Path | None,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> MergedFolder:
+    """Write base + adapter as one model folder, for transformers and whoever reads its format.
+
+    base: a folder or a name on the Hub; None takes `base_model_name_or_path` from the adapter.
+    dtype: "float32", "bfloat16" or "float16"; None keeps the base's, tensor by tensor. The sum is
+    taken in float32 and rounded once; what that costs is in the result. The tokenizer comes from
+    the adapter's folder if one is saved there, else from the base's.
+    `out` appears when it is complete, in one rename. Raises MergeError if `out` exists and is not
+    empty (unless `overwrite`), if a merged weight is not finite, or if the layers cannot be merged.
+    """
+    from lowrank.adapter_file import read_adapter
+    from lowrank.peft import PeftModel
+
+    target = _as_dtype(dtype)
+    out = Path(out)
+    _check_out(out, [base, adapter], overwrite)
+    file = read_adapter(adapter)
+    base = base_of(file.config, base)
+    revision = getattr(file.config, "revision", None)
+    task = task_of(base, file.config.task_type, revision)
+
+    model: Any = load_base(base, task, file.tensors, revision=revision).model
+    tied = is_tied(model)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    if target is not None:
+        main = model.dtype  # tensors that the base keeps in another (float32 norms) stay in theirs
+        dtypes = {name: target if was == main else was for name, was in dtypes.items()}
+    model.float()
+    rounding, overall = _rounding(
+        changes(model.state_dict(), file.tensors, file.config, conv1d_weights(model)), dtypes
+    )
+    with quiet():
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    _cast(model, dtypes)
+
+    with _complete_folder(out) as folder:
+        tokenizer = _write(model, folder, str(base), str(adapter), revision, max_shard_size)
+    return MergedFolder(
+        path=str(out),
+        base=str(base),
+        adapter=str(adapter),
+        task=task,
+        dtype=rounding[0].dtype if rounding else str(target or model.dtype).removeprefix("torch."),
+        total_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        untied=bool(tied) and not is_tied(model),
+        tokenizer=tokenizer,
+        rounding=rounding,
+        overall_rounding=overall,
+    )
+
+
+def base_of(config: Any, base: str | Path | None) -> str | Path:
+    """`base`, or the one that the adapter's config names. Raises MergeError if there is none."""
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise MergeError(
+            "The adapter's config names no base model (base_model_name_or_path is empty).\n"
+            "Give the base's folder, or its name on the Hub."
+        )
+    return base
+
+
+def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise MergeError(
+        f"dtype={dtype!r} is none that a merge can be written in: {', '.join(DTYPES)}."
+    )
+
+
+def _check_out(out: Path, sources: Iterable[str | Path | None], overwrite: bool) -> None:
+    for source in sources:
+        if (
+            source
+            and Path(source).exists()
+            and Path(source).resolve().is_relative_to(out.resolve())
+        ):
+            raise MergeError(
+                f"{out} holds {source}, which the merge reads. Name another output folder."
+            )
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise MergeError(
+            f"{out} exists. Name another output folder, or overwrite it (--overwrite)."
+        )
+
+
+def _rounding(
+    all_changes: Iterable[Change], dtypes: Mapping[str, torch.dtype]
+) -> tuple[list[Rounding], float]:
+    rows, noise, change_square = [], 0.0, 0.0
+    for change in all_changes:
+        dtype = dtypes[change.name]
+        cost = loss(change.after.to(dtype), change)
+        noise += cost.rounding_norm**2
+        change_square += cost.change_norm**2
+        rows.append(Rounding(change.name, str(dtype).removeprefix("torch."), cost.rounding))
+    rows.sort(key=lambda row: -row.loss)
+    return rows, (noise / change_square) ** 0.5 if change_square else 0.0
+
+
+@torch.no_grad()
+def _cast(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Round every tensor, in place, to its dtype; tied ones stay tied."""
+    lost = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_floating_point():
+            continue
+        rounded = tensor.data.to(dtypes.get(name, tensor.dtype))
+        if not _finite(rounded):
+            lost.append(f"{name} (largest value {tensor.data.abs().max():.3g}, {rounded.dtype})")
+        tensor.data = rounded
+    if lost:
+        raise MergeError(
+            "These merged weights are not finite:\n  "
+            + "\n  ".join(lost[:10])
+            + "\nIf the dtype is too narrow for them, merge in float32: --dtype float32."
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+@contextmanager
+def _complete_folder(out: Path):
+    """A folder to write into, which becomes `out` in one rename, or nothing at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    work.mkdir()
+    try:
+        yield work
+        if out.exists():
+            out.rename(old)
+        work.rename(out)
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for rest in (work, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def _write(
+    model: Any, folder: Path, base: str, adapter: str, revision: str | None, max_shard_size: str
+) -> str | None:
+    generation = file_of(base, "generation_config.json", revision)
+    if generation is not None:
+        # the base's own file is copied: saving would refuse one that transformers finds inconsistent
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig()
+    with quiet():
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for weights in folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
+        shutil.copymode(folder / "config.json", weights)
+    if generation is not None:
+        shutil.copyfile(generation, folder / "generation_config.json")
+    for name in PROCESSOR_FILES:
+        _copy(base, name, revision, folder)
+    for source, at in ((adapter, None), (base, revision)):
+        if has_tokenizer(source, at):
+            _copy_tokenizer(source, at, folder)
+            return source
+    return None
+
+
+def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> None:
+    """The tokenizer's files, byte for byte; its class says what they are called."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    for name in {*TOKENIZER_FILES, *tokenizer.vocab_files_names.values()}:
+        _copy(source, name, revision, folder)
+    templates = Path(source) / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name)
+
+
+def _copy(source: str, name: str, revision: str | None, folder: Path) -> None:
+    path = file_of(source, name, revision)
+    if path is not None:
+        shutil.copyfile(path, folder / name)

@@ -1,0 +1,240 @@
+"""Model folders as transformers reads them: the right class for a task, the base for an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import AdapterMismatchError, LowrankError
+from lowrank.expected import PREFIX
+
+# task_type in the adapter's config → transformers' class for it, and the outputs to compare
+TASKS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", ("logits",)),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", ("logits",)),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", ("logits",)),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", ("logits",)),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", ("start_logits", "end_logits")),
+    "FEATURE_EXTRACTION": ("AutoModel", ("last_hidden_state",)),
+}
+# what an architecture's name ends in → its task, for adapters that name none
+ENDINGS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "Model": "FEATURE_EXTRACTION",
+}
+
+
+class ModelFolderError(LowrankError, ValueError):
+    """A model folder cannot be read, merged into, or written."""
+
+
+class Loaded(NamedTuple):
+    """A model and what transformers said while loading it."""
+
+    model: nn.Module
+    missing: list[str]  # tensors of the model that the folder does not have
+    unexpected: list[str]  # tensors of the folder that the model does not have
+    misshapen: list[str]  # tensors whose shapes in folder and config disagree (`any_shape` only)
+
+
+def task_of(base: str | Path, task_type: Any, revision: str | None = None) -> str:
+    """The key of TASKS for an adapter's `task_type`, or where it has none for the base's architecture."""
+    if task_type is not None:
+        return str(getattr(task_type, "value", task_type))
+    architectures = load_config(base, revision).architectures or ["Model"]
+    for ending, task in ENDINGS.items():
+        if architectures[0].endswith(ending):
+            return task
+    raise ModelFolderError(
+        f"The adapter's config names no task_type, and {base} is a {architectures[0]}, of which the "
+        f'task cannot be told.\nSet "task_type" in adapter_config.json to one of: {", ".join(TASKS)}.'
+    )
+
+
+def load_config(folder: str | Path, revision: str | None = None) -> Any:
+    """transformers' config of a folder or a name on the Hub. Raises ModelFolderError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(
+            f"{folder} is not a model that transformers can read: {error}"
+        ) from error
+
+
+def load_model(
+    folder: str | Path,
+    task: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    any_shape: bool = False,
+    **options: Any,
+) -> Loaded:
+    """The model in `folder` with transformers' class for `task`, in evaluation mode, on the CPU.
+
+    dtype: "auto" keeps the stored one. any_shape: tensors that do not fit the config are reported
+    instead of raised. Tensors that the folder lacks (a head that the adapter brings)
+    are initialised with seed 0. Raises ModelFolderError.
+    """
+    import transformers
+
+    if task not in TASKS:
+        raise ModelFolderError(
+            f"No model class is known for task_type={task!r}. Known: {', '.join(TASKS)}."
+        )
+    auto = getattr(transformers, TASKS[task][0])
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model, info = auto.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                revision=revision,
+                output_loading_info=True,
+                ignore_mismatched_sizes=any_shape,
+                **options,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelFolderError(
+                f"{folder} cannot be loaded with {TASKS[task][0]}: {error}"
+            ) from error
+    if getattr(model, "is_quantized", False):
+        raise ModelFolderError(
+            f"{folder} is stored quantised, and a merge would round it once more.\n"
+            "Name the unquantised base instead."
+        )
+    misshapen = sorted(str(key[0]) for key in info["mismatched_keys"])
+    return Loaded(
+        model.eval(), sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), misshapen
+    )
+
+
+def load_base(
+    base: str | Path,
+    task: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+) -> Loaded:
+    """The base as the adapter was trained on it: as many labels and as large a vocabulary.
+
+    tensors: the adapter's file. Its classifier decides `num_labels`, its embedding the vocabulary;
+    head tensors that the base's folder does not have take the adapter's values.
+    """
+    config = load_config(base, revision)
+    options = _labels(config, task, tensors)
+    loaded = load_model(base, task, dtype=dtype, revision=revision, **options)
+    _resize_vocabulary(loaded.model, tensors)
+    state = loaded.model.state_dict()
+    for name in loaded.missing:
+        saved = tensors.get(PREFIX + name)
+        if saved is not None and name in state and saved.shape == state[name].shape:
+            state[name].copy_(saved)
+    return loaded
+
+
+def _labels(config: Any, task: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`num_labels` when the classifier in the adapter's file has another number than the base's config."""
+    import transformers
+
+    if task not in ("SEQ_CLS", "TOKEN_CLS"):
+        return {}
+    with torch.device("meta"), quiet():
+        model = getattr(transformers, TASKS[task][0]).from_config(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for key, saved in tensors.items():
+        shape = shapes.get(key.removeprefix(PREFIX))
+        if shape and shape != saved.shape and shape[0] == config.num_labels:
+            return {"num_labels": saved.shape[0]}
+    return {}
+
+
+def _resize_vocabulary(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    embedding = model.get_input_embeddings()
+    path = next((path for path, module in model.named_modules() if module is embedding), None)
+    if not isinstance(embedding, nn.Embedding) or path is None:
+        return
+    names = (f"{path}.weight", f"{path}.base_layer.weight")
+    saved = next((tensors[PREFIX + name] for name in names if PREFIX + name in tensors), None)
+    if saved is None or saved.shape == embedding.weight.shape:
+        return
+    if saved.shape[1:] != embedding.weight.shape[1:]:
+        raise AdapterMismatchError(
+            f"The adapter's embedding is {tuple(saved.shape)}, the base's {tuple(embedding.weight.shape)}: "
+            "this adapter was trained on another base."
+        )
+    with quiet():
+        model.resize_token_embeddings(saved.shape[0], mean_resizing=False)
+
+
+def embedding_names(model: Any) -> tuple[str, str] | None:
+    """The state-dict names of the input and output embeddings' weights; None for a model without both."""
+    try:
+        modules = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    paths = {id(module): path for path, module in model.named_modules()}
+    if any(
+        getattr(module, "weight", None) is None or id(module) not in paths for module in modules
+    ):
+        return None
+    first, second = (f"{paths[id(module)]}.weight" for module in modules)
+    return first, second
+
+
+def is_tied(model: Any) -> bool | None:
+    """Whether the input and output embeddings are one tensor; None for a model without both."""
+    names = embedding_names(model)
+    if names is None:
+        return None
+    state = model.state_dict()
+    return state[names[0]].data_ptr() == state[names[1]].data_ptr()
+
+
+def file_of(source: str | Path, name: str, revision: str | None = None) -> str | None:
+    """Where a file of a folder, or of a repository on the Hub, lies here; None if it has no such file."""
+    from transformers.utils import cached_file
+
+    return cached_file(
+        str(source),
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def has_tokenizer(source: str | Path, revision: str | None = None) -> bool:
+    """Whether a tokenizer lies in the folder (or repository)."""
+    names = ("tokenizer_config.json", "tokenizer.json")
+    return any(file_of(source, name, revision) for name in names)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without progress bars and load reports: what they tell is judged and told by us."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,90 @@
+"""Loss curves as one inline SVG that takes the page's colours, light and dark."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lowrank.report.data import Curve
+
+INK = "#010203"  # stands for the page's text colour until the SVG is written
+COLOURS = ("#3b78d8", "#d9782b", "#3f9b62", "#a45bc4", "#c0504d")
+MOST_POINTS = 800  # of one curve; more cannot be seen
+
+
+def loss_chart(curves: Sequence[Curve], y_label: str = "loss, nats per token") -> str:
+    """An `<svg>` element without fixed size, script, or anything outside it; "" without points.
+
+    Points that are not finite are left out and the line is broken there.
+    """
+    curves = [curve for curve in curves if any(map(math.isfinite, curve.values))]
+    if not curves:
+        return ""
+    # the object interface: no pyplot, no global state, no window system
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "lowrank",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(7.6, 3.0), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for i, curve in enumerate(curves):
+            steps, values = _thinned(curve)
+            few = len(steps) <= 30
+            axes.plot(
+                steps,
+                values,
+                color=COLOURS[i % len(COLOURS)],
+                label=curve.name,
+                linewidth=1.6,
+                marker="o" if few else None,
+                markersize=3.5,
+            )
+        axes.set_xlabel("optimiser steps")
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.25, color=INK)
+        if len(curves) > 1 or curves[0].name:
+            axes.legend(frameon=False)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    return _inline(file.getvalue(), curves)
+
+
+def _thinned(curve: Curve) -> tuple[list[int], list[float]]:
+    every = math.ceil(len(curve.steps) / MOST_POINTS)
+    values = [value if math.isfinite(value) else math.nan for value in curve.values]
+    return curve.steps[::every], values[::every]
+
+
+def _inline(svg: str, curves: Sequence[Curve]) -> str:
+    """The element alone, scaling with the page, in its text colour, with words for screen readers."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head, body = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    label = f"Loss by optimiser steps: {', '.join(_escaped(curve.name) for curve in curves)}"
+    body = body.replace(INK, "currentColor").replace("xlink:href", "href")
+    return f'<svg {box.group() if box else ""} role="img" aria-label="{label}">{body}'
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

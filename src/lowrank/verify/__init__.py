@@ -1,0 +1,221 @@
+"""Proof that a merged model folder is the same function as base + adapter.
+
+Two independent witnesses. The tensors: every weight of the merged folder against W + ΔW, computed in
+float64 from the base's and the adapter's files by code that the merge does not use. The outputs: the
+merged folder, loaded by plain transformers in a process of its own, against base + adapter computed
+live and unmerged, on the same inputs. What is lost is measured against what the adapter does.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowrank.expected import Change, changes, conv1d_weights
+from lowrank.merge import base_of
+from lowrank.model_folder import (
+    TASKS,
+    embedding_names,
+    has_tokenizer,
+    is_tied,
+    load_base,
+    load_model,
+    quiet,
+    task_of,
+)
+from lowrank.verify import probe
+from lowrank.verify.inputs import Example, Inputs, generated_inputs, given_inputs
+from lowrank.verify.outputs import compare_outputs
+from lowrank.verify.result import (
+    DEFAULT_TOLERANCE,
+    OutputCheck,
+    TensorCheck,
+    Verification,
+    judge_outputs,
+    judge_tensors,
+    judge_ties,
+)
+from lowrank.verify.tensors import Tally, worst_first
+
+__all__ = ["OutputCheck", "TensorCheck", "Verification", "verify"]
+
+
+def verify(
+    base: str | Path | None,
+    adapter: str | Path,
+    merged: str | Path,
+    *,
+    inputs: Sequence[str | Example] | None = None,
+    tolerance: float = DEFAULT_TOLERANCE,
+    seed: int = 0,
+) -> Verification:
+    """Whether the folder `merged` is `base` with `adapter` merged in, with the evidence.
+
+    base: a folder or a name on the Hub; None takes the one that the adapter's config names.
+    inputs: texts, or mappings with "input_ids" and optionally "labels" (then perplexities are
+    computed); None makes up texts and token ids from `seed`, among them the tokens whose embedding
+    the adapter changes most.
+    tolerance: how much of the adapter's effect on the outputs rounding may cost (0.1: a tenth). What
+    rounding does not explain fails at any tolerance: each tensor has to hold the right W + ΔW.
+    Raises ModelFolderError and the errors of loading; a merge that is wrong is no error but a result.
+    """
+    from lowrank.adapter_file import read_adapter
+
+    started = time.perf_counter()
+    file = read_adapter(adapter)
+    base = base_of(file.config, base)
+    revision = getattr(file.config, "revision", None)
+    task = task_of(base, file.config.task_type, revision)
+    model: Any = load_base(base, task, file.tensors, dtype=torch.float32, revision=revision).model
+    names, tied = embedding_names(model), is_tied(model)
+
+    loaded = load_model(merged, task, any_shape=True)
+    weights = model.state_dict()
+    tally = Tally(weights, loaded.model.state_dict())
+    busiest: list[int] = []
+    exact = changes(weights, file.tensors, file.config, conv1d_weights(model))
+    tally.check(_note_busiest(exact, names[0] if names else None, busiest))
+    tied_merged, dtype = is_tied(loaded.model), _dtype(tally.checks)
+    missing = sorted({*tally.missing, *loaded.missing, *loaded.misshapen})
+    unexpected = loaded.unexpected
+    del loaded, tally.merged
+
+    examples = _inputs(model, task, (adapter, base), revision, inputs, seed, busiest)
+    outputs, trouble = _compare(model, adapter, merged, examples, task)
+
+    reasons = judge_tensors(tally.checks, missing, unexpected)
+    ties = judge_ties(tied, tied_merged, bool(names) and len(tally.changed & set(names or ())) == 1)
+    said: tuple[list[str], list[str]] = ([trouble] if trouble else [], [])
+    if outputs is not None:
+        said = judge_outputs(outputs, dtype, tolerance, tally.rounding, tensors_right=not reasons)
+    reasons += ties[0] + said[0]
+    return Verification(
+        base=str(base),
+        adapter=str(adapter),
+        merged=str(merged),
+        task=task,
+        dtype=dtype,
+        passed=not reasons,
+        reasons=reasons,
+        warnings=ties[1] + said[1],
+        tolerance=tolerance,
+        outputs=outputs,
+        adapted=sum(check.role != "base" for check in tally.checks),
+        untouched=sum(check.role == "base" for check in tally.checks),
+        right=sum(not check.problem for check in tally.checks),
+        rounding=tally.rounding,
+        worst=worst_first(tally.checks),
+        missing=missing,
+        unexpected=unexpected,
+        tied_base=tied,
+        tied_merged=tied_merged,
+        seconds=time.perf_counter() - started,
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("lowrank", "torch", "transformers")},
+        },
+    )
+
+
+def _note_busiest(
+    exact: Iterator[Change], embedding: str | None, busiest: list[int]
+) -> Iterator[Change]:
+    """Pass the changes on, and note the tokens whose input embedding changes most."""
+    for change in exact:
+        if change.name == embedding:
+            moved = (change.after - change.before).norm(dim=1)
+            busiest += moved.topk(min(64, len(moved))).indices.tolist()
+        yield change
+
+
+def _dtype(checks: Sequence[TensorCheck]) -> str:
+    """The dtype of most of the adapted tensors, or of all of them where none is adapted."""
+    dtypes = [check.dtype for check in checks if check.role == "adapted"]
+    dtypes = dtypes or [check.dtype for check in checks] or ["unknown"]
+    return max(set(dtypes), key=dtypes.count)
+
+
+def _inputs(
+    model: Any,
+    task: str,
+    sources: Sequence[str | Path],
+    revision: str | None,
+    given: Sequence[str | Example] | None,
+    seed: int,
+    rows: Sequence[int],
+) -> Inputs:
+    from transformers import AutoTokenizer
+
+    tokenizer = None
+    for source, at in zip(sources, (None, revision), strict=True):
+        if has_tokenizer(source, at):
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(str(source), revision=at)
+            break
+    if given is None:
+        return generated_inputs(model, task, tokenizer, seed=seed, rows=rows)
+    return given_inputs(
+        given, task, tokenizer, getattr(model.config.get_text_config(), "vocab_size", 1)
+    )
+
+
+def _compare(
+    model: Any, adapter: str | Path, merged: str | Path, inputs: Inputs, task: str
+) -> tuple[OutputCheck | None, str]:
+    """The outputs' comparison, or why there is none. `model` gets the adapter injected."""
+    from lowrank.peft import PeftModel
+
+    fields = TASKS[task][1]
+    with tempfile.TemporaryDirectory(prefix="lowrank-verify-") as name:
+        job = _write_job(Path(name), merged, inputs, task)
+        process = _start_probe(job)
+        try:
+            before = [probe.outputs_of(model, one, fields) for one in inputs.examples]
+            live = PeftModel.from_pretrained(model, str(adapter)).eval()
+            after = [probe.outputs_of(live, one, fields) for one in inputs.examples]
+            error = process.communicate()[1]
+        finally:
+            process.kill()
+        if process.returncode:
+            last = (error.strip().splitlines() or ["no message"])[-1]
+            return None, f"The merged folder cannot be run by transformers alone: {last}"
+        found = [load_file(job / f"output-{i}.safetensors")["output"] for i in range(len(after))]
+    shapes = {(tuple(a.shape), tuple(m.shape)) for a, m in zip(after, found, strict=True)}
+    for right, wrong in sorted(shapes):
+        if right != wrong:
+            return None, f"The merged model gives outputs of shape {wrong}, base + adapter {right}."
+    return compare_outputs(before, after, found, inputs, task, fields), ""
+
+
+def _write_job(folder: Path, merged: str | Path, inputs: Inputs, task: str) -> Path:
+    auto_class, fields = TASKS[task]
+    save_file(probe.numbered(inputs.examples), folder / "inputs.safetensors")
+    job = {
+        "model": str(merged),
+        "auto_class": auto_class,
+        "fields": fields,
+        "threads": torch.get_num_threads(),
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    return folder
+
+
+def _start_probe(job: Path) -> subprocess.Popen[str]:
+    """A fresh Python that sees neither this process's classes nor (-P) the folder of probe.py."""
+    return subprocess.Popen(
+        [sys.executable, "-P", probe.__file__, str(job)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
