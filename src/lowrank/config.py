@@ -6,6 +6,7 @@ value. Nothing in a configuration is ignored.
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -153,9 +154,12 @@ class PeftConfig:
     def from_json_file(cls, path: str | PathLike, **kwargs) -> dict[str, Any]:
         """The content of a JSON file as a dictionary."""
         try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise AdapterFileError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise AdapterFileError(f"{path} holds no JSON object, but {type(values).__name__}.")
+        return values
 
     @classmethod
     def from_pretrained(
@@ -237,10 +241,11 @@ class LoraConfig(PeftConfig):
         self.peft_type = PeftType.LORA
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
+            if not _are_names(value):
+                continue
             if isinstance(value, set | frozenset):  # their order differs from process to process
                 value = sorted(value)
-            if value is not None and not isinstance(value, str):
-                setattr(self, name, list(dict.fromkeys(value)))
+            setattr(self, name, list(dict.fromkeys(value)))
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.loftq_config = self.loftq_config or {}
@@ -260,6 +265,13 @@ class LoraConfig(PeftConfig):
         for name, why in _REFUSED.items():
             if getattr(self, name) not in (defaults[name], None):
                 found.append(f"{name}={getattr(self, name)!r}: {why}.")
+        if self.runtime_config.ephemeral_gpu_offload:
+            found.append(
+                "runtime_config.ephemeral_gpu_offload=True: moving weights to the GPU for a moment is not supported yet."
+            )
+        wrong_types = self._type_problems()
+        if wrong_types:
+            return found + wrong_types
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, value in ranks.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -269,8 +281,12 @@ class LoraConfig(PeftConfig):
             **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
         }
         for name, value in alphas.items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                found.append(f"{name}={value!r} must be a number.")
+            if (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or not math.isfinite(value)
+            ):
+                found.append(f"{name}={value!r} must be a finite number.")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             found.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1.")
         if self.bias not in ("none", "all", "lora_only"):
@@ -285,12 +301,40 @@ class LoraConfig(PeftConfig):
             found.append(
                 "lora_bias=True with use_dora=True: DoRA scales the weight's rows and leaves biases alone; drop one."
             )
+        if self.lora_bias and isinstance(self.init_lora_weights, str):
+            found.append(
+                f"lora_bias=True with init_lora_weights={self.init_lora_weights!r}: PEFT would not load the adapter; drop one."
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             found.append(
                 "layers_to_transform needs target_modules as a list of names: put the layers into the regular expression."
             )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
+        if self.layers_pattern and self.layers_to_transform is None:
             found.append("layers_pattern does nothing without layers_to_transform.")
+        return found
+
+    def _type_problems(self) -> list[str]:
+        found = []
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _are_names(value)):
+                found.append(
+                    f"{name}={value!r} must be a list of names, or one regular expression."
+                )
+        saved = self.modules_to_save
+        if isinstance(saved, str):
+            found.append(f"modules_to_save={saved!r} must be a list: [{saved!r}].")
+        elif not (saved is None or _are_names(saved)):
+            found.append(f"modules_to_save={saved!r} must be a list of names.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                found.append(f"{name}={getattr(self, name)!r} must map names to numbers.")
+        layers = self.layers_to_transform
+        listed_layers = layers if isinstance(layers, list | tuple) else [layers]
+        if layers is not None and not all(type(i) is int for i in listed_layers):
+            found.append(
+                f"layers_to_transform={layers!r} must be a whole number or a list of them."
+            )
         return found
 
     def _initialisation_problems(self) -> list[str]:
@@ -305,6 +349,12 @@ class LoraConfig(PeftConfig):
         return [
             f"init_lora_weights={init!r} must be True, False, {' or '.join(map(repr, names))}.{did_you_mean(str(init), names)}"
         ]
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | tuple | set | frozenset) and all(
+        isinstance(name, str) for name in value
+    )
 
 
 def _json_value(value: Any) -> Any:
