@@ -18,18 +18,17 @@ class TensorCheck:
     name: str
     dtype: str
     role: str  # "adapted" (LoRA, DoRA), "saved" (whole in the adapter's file), "base" (untouched)
-    error: (
-        float | None
-    )  # wrong beyond rounding, worst row, as a share of ‖ΔW‖ there; None: not comparable
-    present: (
-        float | None
-    )  # the share of ΔW found: 1 all of it, 0 none; None for an untouched tensor
-    rounding: float | None  # ‖round(W+ΔW) − (W+ΔW)‖ / ‖ΔW‖; None for an untouched tensor
+    # None where it cannot be told: another shape, an infinite value, no ΔW
+    error: float | None  # beyond rounding, worst row, as a share of ‖ΔW‖ there
+    present: float | None = None  # the share of ΔW found: 1 all of it, 0 none
+    moved: float | None = None  # ‖M − W‖ / ‖ΔW‖: 0 where the base's weight still stands
+    rounding: float | None = None  # ‖round(W+ΔW) − (W+ΔW)‖ / ‖ΔW‖
     problem: str = ""  # empty: right
 
     @property
-    def right(self) -> bool:
-        return not self.problem
+    def missed(self) -> bool:
+        """Nothing but rounding away from the base's weight: the merge left this tensor out."""
+        return self.moved is not None and self.moved <= 0.05 + 1.5 * (self.rounding or 0)
 
 
 @dataclass(frozen=True)
