@@ -5,11 +5,14 @@ float32, bfloat16 or float16 gives the same fingerprint up to a few last places.
 """
 
 import base64
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.errors import BaseMismatchError
+from lowrank.log import logger
 from lowrank.wrappers import lora_layers
 
 ENTRIES = 32
@@ -33,6 +36,43 @@ def fingerprint(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         "model_type": getattr(getattr(base, "config", None), "model_type", None),
         "weights": weights,
     }
+
+
+def check_base(
+    model: nn.Module,
+    adapter_name: str,
+    saved: dict[str, Any] | None,
+    keys: Collection[str],
+    where: Any,
+) -> None:
+    """Raises BaseMismatchError if the base under the adapter is not the one whose fingerprint was `saved`.
+
+    keys: of the adapter's file. A base weight that comes with the file (a resized embedding) is not
+    compared. Without a fingerprint (the adapter was made by another library), the log gets one line.
+    """
+    if not saved:
+        logger.warning(
+            "%s carries no fingerprint of its base model, so the base could not be checked.", where
+        )
+        return
+    suffix = ".base_layer.weight"
+    brought = {_base_path(key.removesuffix(suffix)) for key in keys if key.endswith(suffix)}
+    here = fingerprint(model, adapter_name)
+    weights = here.get("weights", {}).items()
+    found = differences(
+        saved, {**here, "weights": {path: W for path, W in weights if path not in brought}}
+    )
+    if found:
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = getattr(model, "peft_config", {}).get(adapter_name)
+        name = getattr(config, "base_model_name_or_path", None) or "its name was not saved"
+        rest = f"\n  … and {len(found) - 5} more" if len(found) > 5 else ""
+        raise BaseMismatchError(
+            f"{where} was trained on another base ({saved['architecture']}) than this {type(base).__name__}:\n  "
+            + "\n  ".join(found[:5])
+            + rest
+            + f"\nLoad the base that it was trained on ({name}), or pass check_base=False to use it here all the same."
+        )
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

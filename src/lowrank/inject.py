@@ -1,6 +1,6 @@
 """Putting adapters into a model and taking them out again, in place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -78,14 +78,20 @@ def check_name(model: nn.Module, name: str) -> None:
         )
 
 
-def eject(model: nn.Module, copies_of: Sequence[str] | None = None) -> None:
-    """Takes every wrapper out. Base layers stay as they are now (merged or not).
+def eject(
+    model: nn.Module,
+    copies_of: Sequence[str] | None = None,
+    keep: Collection[nn.Module] = (),
+) -> None:
+    """Takes every wrapper out but those in `keep`. Base layers stay as they are now (merged or not).
 
     copies_of: the adapters whose copies of saved modules stay in the place of the originals; None: those
     that run now.
     """
     references = _references(model)
     for _, module in list(wrappers(model)):
+        if module in keep:
+            continue
         if isinstance(module, LoraLayer):
             inner = module.base_layer
         elif copies_of is None:

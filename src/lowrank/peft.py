@@ -16,14 +16,14 @@ from lowrank.adapter_file import Adapter, read_tensors, write_adapter
 from lowrank.card import write_card
 from lowrank.config import LoraConfig, PeftConfig, TaskType
 from lowrank.errors import (
+    AdapterMismatchError,
     AdapterNameError,
-    BaseMismatchError,
     ConfigError,
     MissingExtraError,
     NotTrainableError,
 )
-from lowrank.fingerprint import differences, fingerprint
-from lowrank.log import logger
+from lowrank.fingerprint import check_base, fingerprint
+from lowrank.inject import eject
 from lowrank.lora_model import (
     LoraModel,
     add_to_model,
@@ -51,6 +51,11 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ):
         super().__init__()
+        if isinstance(model, PeftModel) or adapter_names(model):
+            raise AdapterNameError(
+                f"This model already carries adapters ({', '.join(adapter_names(model))}): add_adapter and load_adapter "
+                "add one more, unload() takes them out."
+            )
         self.base_model = LoraModel(model)
         self.run_settings: dict[str, Any] = {}
         self.initial_vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -300,20 +305,14 @@ class PeftModel(nn.Module):
                 model_id, subfolder, ignore_unknown=ignore_unknown, **kwargs
             )
         config = dataclasses.replace(config, inference_mode=not is_trainable)
+        tensors, metadata = read_tensors(model_id, subfolder=subfolder, **kwargs)
         trainable = [parameter.requires_grad for parameter in model.parameters()]
         wrapped = _class_for(config)(
             model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=strict
         )
         try:
-            wrapped.load_adapter(
-                model_id,
-                adapter_name,
-                is_trainable,
-                strict=strict,
-                check_base=check_base,
-                subfolder=subfolder,
-                **kwargs,
-            )
+            saved_base = metadata if check_base else None
+            wrapped._fill(adapter_name, tensors, saved_base, model_id, is_trainable, strict)
         except Exception:
             unload(model, merge=False)
             for parameter, requires_grad in zip(model.parameters(), trainable, strict=True):
@@ -339,24 +338,41 @@ class PeftModel(nn.Module):
     ) -> LoadResult:
         """Loads an adapter beside those that are there; it is not active yet. An existing name's tensors are replaced.
 
-        Options and errors as in `from_pretrained`.
+        Options and errors as in `from_pretrained`; the scaling of an existing name must be the file's.
         """
         tensors, metadata = read_tensors(model_id, subfolder=subfolder, **kwargs)
+        config = PeftConfig.from_pretrained(
+            model_id, subfolder, ignore_unknown=ignore_unknown, **kwargs
+        )
         new = adapter_name not in self.peft_config
+        known = {module for _, module in wrappers(self)}
         if new:
-            config = PeftConfig.from_pretrained(
-                model_id, subfolder, ignore_unknown=ignore_unknown, **kwargs
-            )
             config = dataclasses.replace(config, inference_mode=not is_trainable)
             self.add_adapter(adapter_name, config, strict, autocast_adapter_dtype)
+        else:
+            _check_scaling(config, self.peft_config[adapter_name], adapter_name, model_id)
         try:
-            if check_base:
-                _check_base(self, adapter_name, metadata, model_id)
-            result = set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
+            saved_base = metadata if check_base else None
+            return self._fill(adapter_name, tensors, saved_base, model_id, is_trainable, strict)
         except Exception:
             if new:
                 self.delete_adapter(adapter_name)
+                eject(self.get_base_model(), keep=known)
             raise
+
+    def _fill(
+        self,
+        adapter_name: str,
+        tensors: dict[str, Tensor],
+        metadata: dict[str, Any] | None,
+        where: str | os.PathLike,
+        is_trainable: bool,
+        strict: bool,
+    ) -> LoadResult:
+        """Loads tensors into an adapter that is there; metadata: to check the base against, None for no check."""
+        if metadata is not None:
+            check_base(self, adapter_name, metadata.get("base"), tensors, where)
+        result = set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
         if adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapter, inference_mode=not is_trainable)
         if not is_trainable:
@@ -415,11 +431,6 @@ def get_peft_model(
     """
     if mixed:
         raise ConfigError("mixed=True mixes adapter methods; lowrank does LoRA only.")
-    if isinstance(model, PeftModel) or adapter_names(model):
-        raise AdapterNameError(
-            f"This model already carries adapters ({', '.join(adapter_names(model))}): add_adapter(name, config) adds "
-            "one more, unload() takes them out."
-        )
     name = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
     config = dataclasses.replace(
         peft_config, base_model_name_or_path=name, revision=revision or peft_config.revision
@@ -433,22 +444,14 @@ def _class_for(config: LoraConfig) -> type[PeftModel]:
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
 
 
-def _check_base(model: PeftModel, name: str, metadata: dict[str, Any], where: Any) -> None:
-    saved = metadata.get("base")
-    if not saved:
-        logger.warning(
-            "%s carries no fingerprint of its base model, so the base could not be checked.", where
-        )
-        return
-    found = differences(saved, fingerprint(model, name))
-    if found:
-        rest = f"\n  … and {len(found) - 5} more" if len(found) > 5 else ""
-        raise BaseMismatchError(
-            f"{where} was trained on another base ({saved['architecture']}) than this {type(model.get_base_model()).__name__}:\n  "
-            + "\n  ".join(found[:5])
-            + rest
-            + f"\nLoad the base that it was trained on ({model.peft_config[name].base_model_name_or_path or 'its name was not saved'}), "
-            "or pass check_base=False to use it here all the same."
+def _check_scaling(saved: LoraConfig, here: LoraConfig, name: str, where: Any) -> None:
+    fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    differ = [f for f in fields if getattr(saved, f) != getattr(here, f)]
+    if differ:
+        found = ", ".join(f"{f}={getattr(saved, f)!r} (here {getattr(here, f)!r})" for f in differ)
+        raise AdapterMismatchError(
+            f"{where} was saved with {found}: its tensors would mean something else in adapter {name!r}. Load it under "
+            f"another name, or delete_adapter({name!r}) first."
         )
 
 

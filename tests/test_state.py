@@ -1,0 +1,473 @@
+"""An adapter's tensors out of a model and into one: keys, what does not fit, and resized vocabularies."""
+
+import pytest
+import torch
+import transformers
+from tiny import (
+    IDS,
+    bert,
+    bits,
+    gpt2,
+    llama,
+    llama_classifier,
+    logits,
+    merged_by_hand,
+    randomise,
+    same_bits,
+)
+from torch import nn
+
+import lowrank
+from lowrank import LoraConfig, LoraLayer, PeftModel, get_peft_model
+from lowrank import get_peft_model_state_dict as state_of
+from lowrank import set_peft_model_state_dict as load_state
+from lowrank.errors import AdapterMismatchError, BaseMismatchError, LowrankError
+
+PREFIX = "base_model.model."
+EXACT = {"atol": 0, "rtol": 0}
+
+
+def adapted(base, **options):
+    options = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], **options}
+    return randomise(get_peft_model(base, LoraConfig(**options)))
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_keys_and_shapes_are_pefts():
+    model = adapted(llama(layers=1), target_modules=["q_proj", "v_proj"], use_dora=True)
+    attention = f"{PREFIX}model.layers.0.self_attn"
+    assert {key: tuple(tensor.shape) for key, tensor in state_of(model).items()} == {
+        f"{attention}.q_proj.lora_A.weight": (3, 24),
+        f"{attention}.q_proj.lora_B.weight": (24, 3),
+        f"{attention}.q_proj.lora_magnitude_vector": (24,),
+        f"{attention}.v_proj.lora_A.weight": (3, 24),
+        f"{attention}.v_proj.lora_B.weight": (12, 3),
+        f"{attention}.v_proj.lora_magnitude_vector": (12,),
+    }
+
+
+def test_keys_of_embeddings_biases_and_saved_modules():
+    model = adapted(
+        gpt2(),
+        target_modules=["wpe", "h.0.attn.c_attn"],
+        modules_to_save=["ln_f"],
+        bias="lora_only",
+    )
+    assert {key: tuple(tensor.shape) for key, tensor in state_of(model).items()} == {
+        f"{PREFIX}transformer.wpe.lora_embedding_A": (3, 64),
+        f"{PREFIX}transformer.wpe.lora_embedding_B": (24, 3),
+        f"{PREFIX}transformer.h.0.attn.c_attn.lora_A.weight": (3, 24),
+        f"{PREFIX}transformer.h.0.attn.c_attn.lora_B.weight": (72, 3),
+        f"{PREFIX}transformer.h.0.attn.c_attn.base_layer.bias": (72,),
+        f"{PREFIX}transformer.ln_f.weight": (24,),
+        f"{PREFIX}transformer.ln_f.bias": (24,),
+    }
+
+
+def test_keys_of_lora_bias():
+    model = adapted(gpt2(), target_modules=["h.0.attn.c_attn"], lora_bias=True)
+    assert f"{PREFIX}transformer.h.0.attn.c_attn.lora_B.bias" in state_of(model)
+
+
+def test_each_adapter_gives_its_own_tensors():
+    model = adapted(llama())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    assert {tensor.shape[0] for key, tensor in state_of(model).items() if "lora_A" in key} == {3}
+    other = state_of(model, adapter_name="other")
+    assert {key.split(".")[-3] for key in other} == {"up_proj"}
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    found = other[f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight"]
+    assert torch.equal(found, layer.lora_A["other"].weight)
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "0", "q_proj", "a-b c"])
+def test_names_that_look_like_parts_of_keys(name, tmp_path):
+    model = randomise(
+        get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj"], use_dora=True), name)
+    )
+    plain = adapted(llama(), target_modules=["q_proj"], use_dora=True)
+    assert state_of(model, adapter_name=name).keys() == state_of(plain).keys()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name)
+    torch.testing.assert_close(logits(loaded), logits(model), **EXACT)
+
+
+def test_a_state_dict_that_a_trainer_gathered_is_used():
+    model = adapted(llama())
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    for key, tensor in state_of(model, state_dict=state).items():
+        torch.testing.assert_close(tensor, state_of(model)[key] + 1, **EXACT)
+    state.popitem()
+    lost = next(name for name in state if "lora_A" in name)
+    del state[lost]
+    with pytest.raises(AdapterMismatchError, match="lacks 1 of the adapter's 8 tensors"):
+        state_of(model, state_dict=state)
+
+
+def test_a_compiled_model_is_unwrapped():
+    model = adapted(llama())
+
+    class Compiled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._orig_mod = model
+
+    assert state_of(Compiled(), unwrap_compiled=True).keys() == state_of(model).keys()
+
+
+# --- loading what does not fit --------------------------------------------------------------------
+
+
+def fresh(**options):
+    return adapted(llama(), **options)
+
+
+def test_loading_gives_the_same_model():
+    source, target = adapted(llama()), fresh()
+    randomise(target, seed=3)
+    result = load_state(target, state_of(source))
+    assert result == ([], [])
+    torch.testing.assert_close(logits(target), logits(source), **EXACT)
+
+
+def test_half_of_the_keys_missing():
+    source = state_of(adapted(llama()))
+    half = dict(list(source.items())[: len(source) // 2])
+    target = fresh()
+    before = state_of(target)
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    with pytest.raises(AdapterMismatchError, match="4 missing from the file"):
+        load_state(target, half)
+    result = load_state(target, half, strict=False)
+    assert sorted(result.missing_keys) == sorted(set(source) - set(half))
+    assert result.unexpected_keys == []
+    for key, tensor in state_of(target).items():
+        assert torch.equal(tensor, half.get(key, before[key]))
+
+
+def test_extra_keys():
+    source = state_of(adapted(llama()))
+    extra = {**source, f"{PREFIX}model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(3, 24)}
+    with pytest.raises(
+        AdapterMismatchError, match=r"1 in the file but not in the model:\n.*layers\.7"
+    ):
+        load_state(fresh(), extra)
+    target = fresh()
+    result = load_state(target, extra, strict=False)
+    assert result.unexpected_keys == [f"{PREFIX}model.layers.7.self_attn.q_proj.lora_A.weight"]
+    torch.testing.assert_close(logits(target), logits(adapted(llama())), **EXACT)
+
+
+def test_a_long_list_is_cut_short():
+    source = state_of(adapted(llama(layers=6)))
+    with pytest.raises(AdapterMismatchError) as error:
+        load_state(adapted(llama(layers=6), r=4), source)
+    assert "24 of another shape" in str(error.value)
+    assert "… and 16 more" in str(error.value)
+    assert len(str(error.value).splitlines()) < 14
+
+
+def test_wrong_shapes_are_errors_even_if_not_strict():
+    source = state_of(adapted(llama(), r=4))
+    target = fresh()
+    before = bits(target)
+    with pytest.raises(AdapterMismatchError, match="of another shape"):
+        load_state(target, source, strict=False)
+    assert same_bits(bits(target), before)
+    load_state(target, source, ignore_mismatched_sizes=True)
+    assert same_bits(bits(target), before)
+
+
+def test_tensors_take_the_dtype_of_the_parameters_that_they_fill():
+    source = state_of(adapted(llama()))
+    target = adapted(llama(dtype=torch.float32))
+    load_state(target, {key: tensor.half() for key, tensor in source.items()})
+    for key, tensor in state_of(target).items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, source[key].half().float(), **EXACT)
+
+
+def test_loading_copies():
+    source = {key: tensor.clone() for key, tensor in state_of(adapted(llama())).items()}
+    for low_memory in (False, True):
+        target = get_peft_model(
+            llama(),
+            LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"]),
+            low_cpu_mem_usage=low_memory,
+        )
+        load_state(target, source)
+        randomise(target)
+        again = state_of(adapted(llama()))
+        assert all(torch.equal(source[key], again[key]) for key in source)
+
+
+# --- from_pretrained: after a failure the model is as it was --------------------------------------
+
+
+def structure(model):
+    return [(name, type(module), id(module)) for name, module in model.named_modules()]
+
+
+def flags(model):
+    return [(id(p), p.requires_grad) for p in model.parameters()]
+
+
+def saved(folder, base=None, **options):
+    model = adapted(base or llama(), **options)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["norm", "lm_head"]}, {"use_dora": True}]
+)
+@pytest.mark.parametrize("trained_base", [True, False])
+def test_after_a_failed_load_the_model_is_as_it_was(tmp_path, options, trained_base):
+    saved(tmp_path, **options)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {k: v.clone() for k, v in lowrank.read_adapter(tmp_path).tensors.items()}
+    config = lowrank.read_adapter(tmp_path).config
+    tensors.popitem()
+    file.unlink()
+    lowrank.write_adapter(tmp_path, lowrank.Adapter(config, tensors, {}))
+    base = llama()
+    base.train()
+    base.model.embed_tokens.weight.requires_grad_(trained_base)
+    before = structure(base), flags(base), bits(base)
+    with pytest.raises(AdapterMismatchError, match="1 missing"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert structure(base) == before[0]
+    assert flags(base) == before[1]
+    assert same_bits(bits(base), before[2])
+    assert base.training
+    assert all(module.training for module in base.modules())
+
+
+def test_another_base_of_the_same_shape_is_refused(tmp_path):
+    model = saved(tmp_path)
+    base = llama(seed=1)
+    before = structure(base), flags(base), bits(base)
+    with pytest.raises(BaseMismatchError, match="another base") as error:
+        PeftModel.from_pretrained(base, tmp_path)
+    assert "check_base=False" in str(error.value)
+    assert "layers.0.self_attn.q_proj" in str(error.value)
+    assert structure(base) == before[0]
+    assert flags(base) == before[1]
+    assert same_bits(bits(base), before[2])
+    forced = PeftModel.from_pretrained(base, tmp_path, check_base=False)
+    truth = merged_by_hand(llama(seed=1), state_of(model), 5 / 3)
+    torch.testing.assert_close(logits(forced), logits(truth), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+def test_the_same_base_in_another_dtype_is_accepted(tmp_path, dtype, first):
+    saved(tmp_path, llama(dtype=torch.float32).to(first))
+    loaded = PeftModel.from_pretrained(llama(dtype=torch.float32).to(dtype), tmp_path)
+    assert logits(loaded).dtype == dtype
+
+
+def test_load_adapter_that_fails_leaves_the_others(tmp_path):
+    saved(tmp_path, r=4)
+    model = adapted(llama(seed=1))
+    before, expected = structure(model), logits(model)
+    with pytest.raises(BaseMismatchError):
+        model.load_adapter(tmp_path, "other")
+    assert [entry[:2] for entry in structure(model)] == [entry[:2] for entry in before]
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapters == ["default"]
+    torch.testing.assert_close(logits(model), expected, **EXACT)
+
+
+def test_load_adapter_into_new_layers_that_fails_takes_them_out_again(tmp_path):
+    saved(tmp_path, target_modules=["up_proj"], modules_to_save=["lm_head"])
+    model = adapted(llama(seed=1))
+    before = structure(model), flags(model)
+    with pytest.raises(BaseMismatchError):
+        model.load_adapter(tmp_path, "other")
+    assert (structure(model), flags(model)) == before
+
+
+def test_from_pretrained_on_a_model_with_adapters_is_refused_and_keeps_them(tmp_path):
+    saved(tmp_path)
+    model = adapted(llama(seed=1))
+    before = structure(model), flags(model), logits(model)
+    for carrier in (model, model.get_base_model()):
+        for name in ("default", "other"):
+            with pytest.raises(LowrankError, match="already"):
+                PeftModel.from_pretrained(carrier, tmp_path, adapter_name=name)
+    assert (structure(model), flags(model)) == before[:2]
+    torch.testing.assert_close(logits(model), before[2], **EXACT)
+
+
+def test_strict_false_loads_what_fits(tmp_path):
+    source = saved(tmp_path)
+    adapter = lowrank.read_adapter(tmp_path)
+    key = next(key for key in adapter.tensors if "v_proj.lora_B" in key)
+    tensors = {k: v for k, v in adapter.tensors.items() if k != key}
+    lowrank.write_adapter(tmp_path, adapter._replace(tensors=tensors))
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, strict=False)
+    found = state_of(loaded)
+    for k, tensor in state_of(source).items():
+        assert torch.equal(found[k], tensor) == (k != key)
+    assert found[key].abs().max() == 0  # as it starts
+    result = loaded.load_adapter(tmp_path, "again", strict=False)
+    assert result.missing_keys == [key]
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+
+
+# --- load_adapter ---------------------------------------------------------------------------------
+
+
+def test_load_adapter_beside_another(tmp_path):
+    source = saved(tmp_path, target_modules=["up_proj", "q_proj"])
+    model = adapted(llama(), r=4)
+    before, was_trainable = (
+        logits(model),
+        {n for n, p in model.named_parameters() if p.requires_grad},
+    )
+    result = model.load_adapter(tmp_path, "other")
+    assert result == ([], [])
+    assert model.active_adapters == ["default"]
+    torch.testing.assert_close(logits(model), before, **EXACT)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == was_trainable
+    assert model.peft_config["other"].inference_mode
+    model.set_adapter("other")
+    torch.testing.assert_close(logits(model), logits(source), **EXACT)
+
+
+def test_load_adapter_into_an_existing_name_replaces_its_tensors(tmp_path):
+    source = saved(tmp_path)
+    model = adapted(llama())
+    randomise(model, seed=4)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    torch.testing.assert_close(logits(model), logits(source), **EXACT)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    model.load_adapter(tmp_path, "default")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "other", [{"lora_alpha": 6}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 9}}]
+)
+def test_load_adapter_into_a_name_of_another_scaling_is_refused(tmp_path, other):
+    """The tensors fit, and would mean something else."""
+    saved(tmp_path)
+    model = adapted(llama(), **other)
+    before = bits(model)
+    with pytest.raises(AdapterMismatchError, match=next(iter(other))):
+        model.load_adapter(tmp_path, "default")
+    assert same_bits(bits(model), before)
+
+
+# --- resized vocabularies -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    """A function that loads the tiny base from a folder, as people do, tied or not."""
+
+    def load(tied):
+        folder = tmp_path / ("tied" if tied else "untied")
+        if not folder.exists():
+            llama(tied=tied).save_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+    return load
+
+
+NEW = 101
+RESIZED = {
+    "attention": {},
+    "embed_tokens": {"target_modules": ["embed_tokens", "q_proj"]},
+    "lm_head": {"target_modules": ["lm_head", "q_proj"]},
+    "embed_tokens saved": {"modules_to_save": ["embed_tokens"]},
+    "both saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+def resize(model):
+    torch.manual_seed(3)  # the new rows are random
+    model.resize_token_embeddings(NEW, mean_resizing=False)
+    return model
+
+
+def ids():
+    return torch.tensor([[1, 95, 7, 99, 33], [100, 4, 6, 94, 10]])
+
+
+def output(model):
+    with torch.no_grad():
+        return model(input_ids=ids()).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", RESIZED)
+def test_a_vocabulary_resized_before_get_peft_model_is_saved(case, tied, on_disk, tmp_path):
+    model = adapted(resize(on_disk(tied)), **RESIZED[case])
+    expected = output(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(resized_otherwise(on_disk(tied)), tmp_path / "adapter")
+    torch.testing.assert_close(output(loaded), expected, **EXACT)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(output(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def resized_otherwise(model):
+    """Resized by someone else: the new rows are not those that were trained on."""
+    torch.manual_seed(77)
+    model.resize_token_embeddings(NEW, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_resized_after_get_peft_model_is_saved(tied, on_disk, tmp_path):
+    model = adapted(on_disk(tied))
+    resize(model)
+    expected = output(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(resized_otherwise(on_disk(tied)), tmp_path / "adapter")
+    torch.testing.assert_close(output(loaded), expected, **EXACT)
+
+
+def test_a_vocabulary_resized_in_a_model_without_a_name_is_saved(tmp_path):
+    model = adapted(llama())
+    resize(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(resized_otherwise(llama()), tmp_path)
+    torch.testing.assert_close(output(loaded), output(model), **EXACT)
+
+
+def test_an_unchanged_vocabulary_is_not_saved(on_disk):
+    for tied in (False, True):
+        assert all("lora_" in key for key in state_of(adapted(on_disk(tied))))
+    assert all("lora_" in key for key in state_of(adapted(llama())))
+
+
+def test_embeddings_are_saved_or_not_on_demand(on_disk):
+    model = adapted(resize(on_disk(False)))
+    assert f"{PREFIX}lm_head.weight" in state_of(model)
+    assert all("lora_" in key for key in state_of(model, save_embedding_layers=False))
+    tensors = state_of(adapted(on_disk(False)), save_embedding_layers=True)
+    assert {key for key in tensors if "lora_" not in key} == {
+        f"{PREFIX}model.embed_tokens.weight",
+        f"{PREFIX}lm_head.weight",
+    }
+
+
+# --- everything that a saved module holds ---------------------------------------------------------
+
+
+def test_classifiers_and_encoders_round_trip(tmp_path):
+    for build, options in [
+        (llama_classifier, {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
+        (bert, {"target_modules": ["query"], "bias": "all"}),
+    ]:
+        folder = tmp_path / build.__name__
+        model = saved(folder, build(), **options)
+        loaded = PeftModel.from_pretrained(build(), folder)
+        torch.testing.assert_close(logits(loaded), logits(model), **EXACT)
+        assert any(isinstance(module, LoraLayer) for module in loaded.modules())
+        assert loaded(input_ids=IDS).logits.dtype == torch.float64
