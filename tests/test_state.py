@@ -21,7 +21,7 @@ import lowrank
 from lowrank import LoraConfig, LoraLayer, PeftModel, get_peft_model
 from lowrank import get_peft_model_state_dict as state_of
 from lowrank import set_peft_model_state_dict as load_state
-from lowrank.errors import AdapterMismatchError, BaseMismatchError, LowrankError
+from lowrank.errors import AdapterMismatchError, BaseMismatchError, LowrankError, ShapeError
 
 PREFIX = "base_model.model."
 EXACT = {"atol": 0, "rtol": 0}
@@ -132,6 +132,30 @@ def test_loading_gives_the_same_model():
     torch.testing.assert_close(logits(target), logits(source), **EXACT)
 
 
+def test_everything_that_does_not_fit_is_in_one_error_and_nothing_is_loaded():
+    source = state_of(adapted(llama()))
+    first, second, third = [key for key in source if "lora_A" in key][:3]
+    broken = dict(source)
+    del broken[first]
+    broken[second] = torch.zeros(5, 24)
+    broken[third.replace("lora_A", "lora_C")] = broken.pop(third)
+    broken["base_model.model.extra.lora_A.weight"] = torch.zeros(1)
+    target = fresh()
+    before = bits(target)
+    with pytest.raises(AdapterMismatchError) as error:
+        load_state(target, broken)
+    text = str(error.value)
+    for key in (first, second, third, third.replace("lora_A", "lora_C"), "extra.lora_A.weight"):
+        assert key.removeprefix(PREFIX) in text
+    assert "5 of 10 tensors" in text
+    assert "2 missing" in text
+    assert "2 in the file but not in the model" in text
+    assert "file (5, 24)   model (3, 24)" in text
+    assert "strict=False" in text
+    assert same_bits(bits(target), before)
+    assert isinstance(error.value, ValueError)
+
+
 def test_half_of_the_keys_missing():
     source = state_of(adapted(llama()))
     half = dict(list(source.items())[: len(source) // 2])
@@ -178,6 +202,14 @@ def test_wrong_shapes_are_errors_even_if_not_strict():
     assert same_bits(bits(target), before)
     load_state(target, source, ignore_mismatched_sizes=True)
     assert same_bits(bits(target), before)
+
+
+def test_a_near_miss_is_named():
+    source = state_of(adapted(llama()))
+    key = next(iter(source))
+    wrong = key.replace("self_attn", "attn")
+    with pytest.raises(AdapterMismatchError, match=f"Did you mean.*{key.removeprefix(PREFIX)}"):
+        load_state(fresh(), {wrong if k == key else k: v for k, v in source.items()})
 
 
 def test_tensors_take_the_dtype_of_the_parameters_that_they_fill():
@@ -440,6 +472,15 @@ def test_a_vocabulary_resized_in_a_model_without_a_name_is_saved(tmp_path):
     torch.testing.assert_close(output(loaded), output(model), **EXACT)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", RESIZED)
+def test_an_unresized_base_is_told_what_to_do(case, tied, on_disk, tmp_path):
+    model = adapted(resize(on_disk(tied)), **RESIZED[case])
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterMismatchError, match=rf"resize_token_embeddings\({NEW}\)"):
+        PeftModel.from_pretrained(on_disk(tied), tmp_path / "adapter")
+
+
 def test_an_unchanged_vocabulary_is_not_saved(on_disk):
     for tied in (False, True):
         assert all("lora_" in key for key in state_of(adapted(on_disk(tied))))
@@ -455,6 +496,52 @@ def test_embeddings_are_saved_or_not_on_demand(on_disk):
         f"{PREFIX}model.embed_tokens.weight",
         f"{PREFIX}lm_head.weight",
     }
+
+
+def test_a_merged_model_saves_its_unmerged_embeddings(tmp_path):
+    model = adapted(llama(), target_modules=["embed_tokens", "lm_head"])
+    expected = state_of(model, save_embedding_layers=True)
+    model.merge_adapter()
+    found = state_of(model, save_embedding_layers=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_a_merged_model_saves_its_unmerged_biases():
+    model = adapted(gpt2(), target_modules=["c_attn"], bias="lora_only", lora_bias=True)
+    expected = {key: tensor.clone() for key, tensor in state_of(model).items()}
+    model.merge_adapter()
+    found = state_of(model)
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_tying_again_leaves_an_adapter_on_the_output_in_place():
+    """What transformers does after a resize, accelerate after loading: lm_head.weight = embed_tokens.weight."""
+    model = adapted(llama(tied=True), target_modules=["lm_head", "q_proj"])
+    names, expected = list(model.state_dict()), logits(model)
+    for merged in (False, True):
+        if merged:
+            model.merge_adapter()
+        model.tie_weights()
+        assert list(model.state_dict()) == names
+        torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
+    model.unmerge_adapter()
+    base = model.get_base_model()
+    assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight
+
+
+def test_tying_again_leaves_a_saved_output_in_place():
+    model = adapted(llama(tied=True), modules_to_save=["lm_head"])
+    names, expected = list(model.state_dict()), logits(model)
+    model.tie_weights()
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(logits(model), expected, **EXACT)
+
+
+def test_resizing_under_an_adapter_on_the_tied_output_is_refused():
+    model = adapted(llama(tied=True), target_modules=["lm_head"])
+    with pytest.raises(ShapeError, match="before"):
+        model.resize_token_embeddings(NEW)
 
 
 # --- everything that a saved module holds ---------------------------------------------------------

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lowrank.bases.kinds import EMBEDDING, Kind
-from lowrank.errors import AdapterNameError, MergeError
+from lowrank.errors import AdapterNameError, MergeError, ShapeError
 from lowrank.init import EMBEDDING_INITS, INITS
-from lowrank.lora import Lora, initial_magnitude, merged_weight_norm, weight_change
+from lowrank.lora import Lora, check_shapes, initial_magnitude, merged_weight_norm, weight_change
 
 
 class Factor(nn.Module):
@@ -80,6 +80,28 @@ class LoraLayer(nn.Module):
                 # out_proj, gets the one with the adapters in it
                 return self._weights_with(self._live()).get(name, getattr(base, name))
             return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # tie_weights() of transformers: lm_head.weight = embed_tokens.weight
+        kind = self.__dict__.get("kind")
+        if kind and name in (kind.weight, kind.bias) and isinstance(value, nn.Parameter):
+            self._replace_base_parameter(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _replace_base_parameter(self, name: str, value: nn.Parameter) -> None:
+        merged, again = self.merged_adapters, self._merge_again
+        self.unmerge()
+        setattr(self.base_layer, name, value)
+        for adapter in self.r:
+            try:
+                check_shapes(self.unmerged_weight().shape, self.lora(adapter))
+            except ShapeError as error:
+                raise ShapeError(
+                    f"Adapter {adapter!r}: {error} Resize a vocabulary before get_peft_model."
+                ) from error
+        self.merge(adapter_names=merged)
+        self._merge_again = again
 
     def extra_repr(self) -> str:
         return f"kind={self.kind.name!r}, r={self.r}, active={self._active}"
@@ -404,6 +426,16 @@ class LoraLayer(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
+
+    def unmerged_parameters(self) -> dict[str, Tensor]:
+        """What a merge has replaced, as it was, by its name within this layer; empty if nothing is merged."""
+        if self._unmerged is None:
+            return {}
+        weight = self.kind.store(self.base_layer).shaped(self.unmerged_weight())
+        found = {f"base_layer.{self.kind.weight}": weight}
+        if self._unmerged[1] is not None:
+            found[f"base_layer.{self.kind.bias}"] = self._unmerged[1]
+        return found
 
     def unmerged_weight(self) -> Tensor:
         """W (out, in) without any adapter in it."""

@@ -37,6 +37,14 @@ class ModulesToSaveWrapper(nn.Module):
                 raise
             return getattr(self.running_module, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # tie_weights() of transformers: lm_head.weight = embed_tokens.weight
+        original = self.__dict__.get("_modules", {}).get("original_module")
+        if isinstance(value, nn.Parameter) and original is not None:
+            setattr(original, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def running_module(self) -> nn.Module:
         """The module that forward uses now."""

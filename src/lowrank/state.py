@@ -10,7 +10,7 @@ from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, AdapterMismatchError, did_you_mean
 from lowrank.hub import adapter_file
 from lowrank.layer import LoraLayer
-from lowrank.wrappers import base_biases, wrappers
+from lowrank.wrappers import base_biases, lora_layers, wrappers
 
 _SHOWN = 8
 
@@ -60,7 +60,7 @@ def get_peft_model_state_dict(
         keep = _vocabulary_changed(model, _config(model, adapter_name))
     if keep:
         keys = {**{name: name for name in embedding_keys(model, adapter_name)}, **keys}
-    state = model.state_dict() if state_dict is None else state_dict
+    state = {**(model.state_dict() if state_dict is None else state_dict), **_unmerged(model)}
     lost = [name for name in keys.values() if name not in state]
     if lost:
         raise AdapterMismatchError(
@@ -102,7 +102,8 @@ def set_peft_model_state_dict(
         if key in tensors and tensors[key].shape != parameters[name].shape
     }
     if (wrong and not ignore_mismatched_sizes) or (strict and (missing or unexpected)):
-        raise AdapterMismatchError(_mismatch_text(keys, missing, unexpected, wrong, optional))
+        vocabulary = _vocabulary_in_file(model, target, wrong)
+        raise AdapterMismatchError(_mismatch_text(keys, missing, unexpected, wrong, vocabulary))
     with torch.no_grad():
         for key, name in target.items():
             if key in tensors and key not in wrong:
@@ -123,6 +124,15 @@ def embedding_keys(model: nn.Module, adapter_name: str) -> list[str]:
                 f"{path}.{name}" for name in module.state_dict() if f"{path}.{name}" not in ours
             ]
     return [name for name in found if not _redundant(name)]
+
+
+def _unmerged(model: nn.Module) -> dict[str, Tensor]:
+    """By name, the base tensors that merges have replaced, as they were."""
+    return {
+        f"{path}.{name}" if path else name: tensor.detach()
+        for path, layer in lora_layers(model)
+        for name, tensor in layer.unmerged_parameters().items()
+    }
 
 
 def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
@@ -211,31 +221,44 @@ def _mismatch_text(
     missing: list[str],
     unexpected: list[str],
     wrong: dict[str, tuple[tuple, tuple]],
-    embeddings: dict[str, str],
+    vocabulary: int | None,
 ) -> str:
     total = len(missing) + len(unexpected) + len(wrong)
-    lines = [f"This adapter does not fit this model: {total} of {len(keys)} tensors."]
-    for what, found in (
-        ("missing from the file", [(key, "") for key in missing]),
-        ("in the file but not in the model", [(key, _near(key, missing)) for key in unexpected]),
-        ("of another shape", [(key, f"   file {a}   model {b}") for key, (a, b) in wrong.items()]),
+    everything = len(keys) + len(unexpected)
+    lines = [f"This adapter does not fit this model: {total} of {everything} tensors."]
+    for what, found, detail in (
+        ("missing from the file", missing, lambda key: ""),
+        ("in the file but not in the model", unexpected, lambda key: _near(key, missing)),
+        ("of another shape", list(wrong), lambda key: "   file {}   model {}".format(*wrong[key])),
     ):
         if found:
             lines.append(f"{len(found)} {what}:")
-            lines += [
-                f"  {key.removeprefix('base_model.model.')}{detail}"
-                for key, detail in found[:_SHOWN]
-            ]
+            lines += [f"  {_short(key)}{detail(key)}" for key in found[:_SHOWN]]
             lines += [f"  … and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    resized = [wrong[key][0][0] for key in wrong if key in embeddings]
-    if resized:
+    if vocabulary:
         lines.append(
-            f"The adapter was saved with a vocabulary of {resized[0]}: model.resize_token_embeddings({resized[0]}) before loading."
+            f"The adapter was saved with a vocabulary of {vocabulary}: model.resize_token_embeddings({vocabulary}) before loading."
         )
     if missing or unexpected:
         lines.append("strict=False loads what fits and leaves the rest as it is.")
     return "\n".join(lines)
 
 
+def _vocabulary_in_file(
+    model: nn.Module, target: dict[str, str], wrong: dict[str, tuple[tuple, tuple]]
+) -> int | None:
+    """The size of the vocabulary that the adapter was saved with, if that is what does not fit."""
+    embeddings = list(_embeddings(model))
+    paths = [path for path, m in model.named_modules() if any(m is e for e in embeddings)]
+    for key, (shape, _) in wrong.items():
+        if any(target[key].startswith(f"{path}.") for path in paths):
+            return shape[-1] if key.endswith("lora_embedding_A") else shape[0]
+    return None
+
+
 def _near(key: str, missing: list[str]) -> str:
-    return did_you_mean(key, missing) if missing else ""
+    return did_you_mean(_short(key), map(_short, missing)) if missing else ""
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("base_model.model.")
