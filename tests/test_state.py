@@ -22,6 +22,7 @@ from lowrank import LoraConfig, LoraLayer, PeftModel, get_peft_model
 from lowrank import get_peft_model_state_dict as state_of
 from lowrank import set_peft_model_state_dict as load_state
 from lowrank.errors import AdapterMismatchError, BaseMismatchError, LowrankError, ShapeError
+from lowrank.saved_module import ModulesToSaveWrapper
 
 PREFIX = "base_model.model."
 EXACT = {"atol": 0, "rtol": 0}
@@ -545,6 +546,37 @@ def test_resizing_under_an_adapter_on_the_tied_output_is_refused():
 
 
 # --- everything that a saved module holds ---------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A network whose saved module has buffers, one of them a whole number without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 5)
+        self.head = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_buffers_of_saved_modules_are_saved(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return Normed().double()
+
+    model = adapted(build(), target_modules=["body"], modules_to_save=["head"])
+    model.train()
+    x = torch.randn(7, 6, dtype=torch.float64)
+    for _ in range(3):
+        model(x)
+    model.eval()
+    assert f"{PREFIX}head.0.num_batches_tracked" in state_of(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    torch.testing.assert_close(loaded(x), model(x), **EXACT)
+    assert loaded.base_model.model.head.modules_to_save["default"][0].num_batches_tracked == 3
+    assert isinstance(loaded.base_model.model.head, ModulesToSaveWrapper)
 
 
 def test_classifiers_and_encoders_round_trip(tmp_path):

@@ -102,12 +102,16 @@ def _check_written(path: Path, tensors: dict[str, Tensor]) -> None:
         for key in set(file.keys()) & set(tensors):
             read, meant = file.get_tensor(key), tensors[key]
             same = read.shape == meant.shape and read.dtype == meant.dtype
-            if not same or not torch.equal(read.view(torch.uint8), meant.view(torch.uint8)):
+            if not same or not torch.equal(_bytes(read), _bytes(meant)):
                 different.add(key)
     if different:
         raise AdapterFileError(
             f"{path} does not hold what was written to it: {sorted(different)[:5]}. Is the disk full?"
         )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
 
 
 def _pickle_text(pickle: Path) -> str:
