@@ -3,7 +3,8 @@
 One step is forward + backward + AdamW on a Llama-shaped model built from a configuration, with LoRA on all
 linear layers. The yardstick is the frozen base alone: forward and the backward that any adapter needs
 (gradients of the activations, none of the weights), without an optimiser. All three alternate in one
-process, so that the machine's noise meets them alike; peak memory is taken in a fresh process for each.
+process, so that the machine's noise meets them alike. Memory is what the forward pass keeps for the backward
+pass, counted to the byte, and the process's (on CUDA: the device's) peak, taken in a fresh process for each.
 Nothing is timed before lowrank and PEFT, given the same adapter, agree in loss and gradients.
 
     python benchmarks/step.py                         # CPU, a minute or two
@@ -67,17 +68,21 @@ def build(subject: str, args: argparse.Namespace) -> torch.nn.Module:
 
 def batch(args: argparse.Namespace, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(args.vocabulary, (args.batch, args.sequence), generator=generator).to(args.device)
+    ids = torch.randint(args.vocabulary, (args.batch, args.sequence), generator=generator).to(
+        args.device
+    )
     return {"input_ids": ids, "labels": ids}
 
 
-def step(model: torch.nn.Module, optimiser: torch.optim.Optimizer | None, inputs: dict) -> float:
+def step(
+    model: torch.nn.Module, optimiser: torch.optim.Optimizer | None, inputs: dict
+) -> torch.Tensor:
     loss = model(**inputs).loss
     loss.backward()
     if optimiser is not None:
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-    return loss
+    return loss.detach()
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer | None:
@@ -87,21 +92,33 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer | None:
 
 def check_agreement(args: argparse.Namespace) -> dict[str, float]:
     """Loss and gradients of lowrank against PEFT's, without dropout. Exits if they differ."""
-    plain = argparse.Namespace(**{**vars(args), "dropout": 0.0, "batch": 1, "sequence": min(64, args.sequence)})
+    plain = argparse.Namespace(
+        **{**vars(args), "dropout": 0.0, "batch": 1, "sequence": min(64, args.sequence)}
+    )
     found = {}
     for subject in ("lowrank", "peft"):
         model = build(subject, plain)
         loss = step(model, None, batch(plain, 0))
-        gradients = {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {
+            n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None
+        }
         found[subject] = (float(loss), gradients)
         del model
     (ours, our_gradients), (theirs, their_gradients) = found["lowrank"], found["peft"]
     difference = max(
-        float((our_gradients[n] - g).norm() / g.norm().clamp_min(1e-12)) for n, g in their_gradients.items()
+        float((our_gradients[n] - g).norm() / g.norm().clamp_min(1e-12))
+        for n, g in their_gradients.items()
     )
-    limit = 1e-4 if args.dtype == "float32" else 0.1  # PEFT rounds the activations otherwise in bfloat16
-    if our_gradients.keys() != their_gradients.keys() or abs(ours - theirs) > limit * abs(theirs) or difference > limit:
-        sys.exit(f"lowrank and PEFT disagree: loss {ours} and {theirs}, gradients by {difference:.2e}; nothing is timed.")
+    # in 16 bits PEFT computes the adapter in float32 and rounds elsewhere
+    limit = 1e-4 if args.dtype == "float32" else 0.1
+    if (
+        our_gradients.keys() != their_gradients.keys()
+        or abs(ours - theirs) > limit * abs(theirs)
+        or difference > limit
+    ):
+        sys.exit(
+            f"lowrank and PEFT disagree: loss {ours} and {theirs}, gradients by {difference:.2e}; nothing is timed."
+        )
     return {"loss": ours, "peft_loss": theirs, "largest_gradient_difference": difference}
 
 
@@ -127,7 +144,30 @@ def measure_memory(args: argparse.Namespace) -> dict[str, int]:
     found = {}
     for subject in SUBJECTS:
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", subject]
-        found[subject] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found[subject] = int(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
+    return found
+
+
+def measure_kept(args: argparse.Namespace) -> dict[str, int]:
+    """Bytes of the distinct tensors that one forward pass keeps for backward, without the parameters."""
+    found = {}
+    for subject in SUBJECTS:
+        model = build(subject, args)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor, own=own, kept=kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**batch(args, 0)).loss
+        found[subject] = sum(storage.nbytes() for storage in kept.values())
+        del loss, model, kept
     return found
 
 
@@ -156,7 +196,12 @@ def synchronise(args: argparse.Namespace) -> None:
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
     return found.stdout.strip() or "unknown"
 
 
@@ -190,24 +235,39 @@ def main() -> None:
 
     agreement = check_agreement(args)
     seconds = measure_time(args)
-    memory = measure_memory(args)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    memory, kept = measure_memory(args), measure_kept(args)
+    device = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, lowrank)}
     median = {subject: statistics.median(values) for subject, values in seconds.items()}
     spread = {subject: statistics.quantiles(values, n=4) for subject, values in seconds.items()}
-    print(f"{device}; {', '.join(f'{k} {v}' for k, v in versions.items())}; commit {commit()}; seed {args.seed}")
+    print(
+        f"{device}; {', '.join(f'{k} {v}' for k, v in versions.items())}; commit {commit()}; seed {args.seed}"
+    )
     shape = f"width {args.hidden}, {args.layers} layers, {args.batch} × {args.sequence} tokens, {args.dtype}, r={args.r}"
-    print(f"Llama shape: {shape}, dropout {args.dropout}{', DoRA' if args.dora else ''}; {args.repeats} steps each, in turns")
-    print(f"agreement with PEFT: loss {agreement['loss']:.6f}, gradients within {agreement['largest_gradient_difference']:.1e}\n")
-    print(f"{'':22}{'step, median':>14}{'quartiles':>20}{'× base':>9}{'peak memory':>14}{'× base':>9}")
+    print(
+        f"Llama shape: {shape}, dropout {args.dropout}{', DoRA' if args.dora else ''}; {args.repeats} steps each, in turns"
+    )
+    print(
+        f"agreement with PEFT: loss {agreement['loss']:.6f}, gradients within {agreement['largest_gradient_difference']:.1e}\n"
+    )
+    print(
+        f"{'':22}{'step, median':>14}{'quartiles':>20}{'× base':>9}{'kept':>12}{'× base':>9}{'peak':>12}{'× base':>9}"
+    )
     names = {"base": "frozen base, fwd+bwd", "lowrank": "lowrank", "peft": "PEFT"}
     for s in SUBJECTS:
         quartiles = f"{spread[s][0] * 1e3:.1f}–{spread[s][2] * 1e3:.1f} ms"
         print(
             f"{names[s]:22}{median[s] * 1e3:11.1f} ms{quartiles:>20}{median[s] / median['base']:9.2f}"
-            f"{memory[s] / 2**20:10.0f} MiB{memory[s] / memory['base']:9.2f}"
+            f"{kept[s] / 2**20:8.1f} MiB{kept[s] / kept['base']:9.2f}"
+            f"{memory[s] / 2**20:8.0f} MiB{memory[s] / memory['base']:9.2f}"
         )
-    print(f"\nPEFT / lowrank: time {median['peft'] / median['lowrank']:.2f}, memory {memory['peft'] / memory['lowrank']:.2f}")
+    print(
+        f"\nPEFT / lowrank: time {median['peft'] / median['lowrank']:.2f}, kept {kept['peft'] / kept['lowrank']:.2f}, peak {memory['peft'] / memory['lowrank']:.2f}"
+    )
     if args.json:
         result = {
             "settings": {k: v for k, v in vars(args).items() if k not in ("json", "memory_of")},
@@ -216,6 +276,7 @@ def main() -> None:
             "commit": commit(),
             "agreement": agreement,
             "seconds": seconds,
+            "kept_bytes": kept,
             "peak_bytes": memory,
         }
         args.json.write_text(json.dumps(result, indent=2) + "\n")
