@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lowrank.config import LoraConfig
 from lowrank.files import write_text
+from lowrank.hub import REPO_ID
 
 _CARD = """---
 {front}
@@ -27,9 +28,9 @@ def write_card(folder: Path, config: LoraConfig) -> None:
     if path.exists():
         return
     base = config.base_model_name_or_path or "unknown"
-    local = Path(base).exists()
+    on_hub = REPO_ID.fullmatch(base) is not None and not Path(base).exists()
     front = ["library_name: peft", "tags:", "- lora", "- lowrank"]
-    if not local and base != "unknown":
+    if on_hub and base != "unknown":
         front.insert(0, f"base_model: {base}")
     targets = config.target_modules
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ def write_card(folder: Path, config: LoraConfig) -> None:
         path,
         _CARD.format(
             front="\n".join(front),
-            base=Path(base).name if local else base,
+            base=base if on_hub else Path(base).name,
             r=config.r,
             lora_alpha=config.lora_alpha,
             targets=targets if isinstance(targets, str) else ", ".join(targets or []),

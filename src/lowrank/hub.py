@@ -9,7 +9,7 @@ from lowrank.errors import AdapterFileError, MissingExtraError
 # the keywords of huggingface_hub.hf_hub_download that loading accepts
 HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
-_REPO_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+REPO_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
 def adapter_file(
@@ -35,7 +35,7 @@ def adapter_file(
         raise AdapterFileError(
             f"{path.parent} has no {filename}. It has: {', '.join(there[:10]) or 'nothing'}."
         )
-    if not _REPO_ID.fullmatch(str(name_or_path)):
+    if not REPO_ID.fullmatch(str(name_or_path)):
         raise AdapterFileError(
             f"{name_or_path} is no folder here, and no hub id (owner/name) either."
         )
