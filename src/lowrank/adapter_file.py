@@ -5,6 +5,7 @@ safetensors header, which PEFT and vLLM do not read.
 """
 
 import json
+import shlex
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lowrank.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lowrank.errors import AdapterFileError
-from lowrank.files import replacing, write_text
+from lowrank.files import replacing
 from lowrank.hub import adapter_file
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -64,14 +65,22 @@ def read_tensors(
             header = file.metadata() or {}
     except SafetensorError as error:
         raise AdapterFileError(f"{weights} is not a whole safetensors file: {error}") from error
-    return tensors, json.loads(header.get(METADATA_KEY, "{}"))
+    try:
+        metadata = json.loads(header.get(METADATA_KEY, "{}"))
+    except json.JSONDecodeError as error:
+        raise AdapterFileError(
+            f"{weights}: the metadata in its header is broken: {error}"
+        ) from error
+    if not isinstance(metadata, dict):
+        raise AdapterFileError(f"{weights}: the metadata in its header is no JSON object.")
+    return tensors, metadata
 
 
 def write_adapter(path: str | PathLike, adapter: Adapter) -> None:
     """Writes the two files into the folder `path` (made if need be), each by way of a temporary name.
 
-    The tensors are read back and compared before they take the place of an older file. Raises
-    AdapterFileError if they differ.
+    The tensors are read back and compared, and both files are whole, before they take the place of older
+    ones. Raises AdapterFileError if what was read differs.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +88,10 @@ def write_adapter(path: str | PathLike, adapter: Adapter) -> None:
     header = {"format": "pt"}
     if adapter.metadata:
         header[METADATA_KEY] = json.dumps(adapter.metadata, sort_keys=True)
-    with replacing(folder / WEIGHTS_NAME) as temporary:
-        save_file(_unshared(tensors), temporary, metadata=header)
-        _check_written(temporary, tensors)
-    write_text(folder / CONFIG_NAME, adapter.config.to_json_string())
+    with replacing(folder / WEIGHTS_NAME) as weights, replacing(folder / CONFIG_NAME) as config:
+        save_file(_unshared(tensors), weights, metadata=header)
+        _check_written(weights, tensors)
+        config.write_text(adapter.config.to_json_string(), encoding="utf-8")
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,9 +125,13 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _pickle_text(pickle: Path) -> str:
     folder = pickle.parent
+    code = (
+        "import torch; from safetensors.torch import save_file; save_file({k: v.clone().contiguous() for k, v in "
+        f"torch.load({str(pickle)!r}, weights_only=True).items()}}, {str(folder / WEIGHTS_NAME)!r}, {{'format': 'pt'}})"
+    )
+    # double quotes serve every shell, as long as nothing within means something to it
+    quoted = shlex.quote(code) if set(str(pickle)) & set("\"'$`\\!%") else f'"{code}"'
     return (
         f"{folder} holds a pickle ({PICKLE_NAME}), which can run code when it is loaded; only safetensors are "
-        "loaded. To convert it:\n"
-        'python -c "import torch; from safetensors.torch import save_file; save_file({k: v.clone().contiguous() for k, v in '
-        f"torch.load('{pickle}', weights_only=True).items()}}, '{folder / WEIGHTS_NAME}', {{'format': 'pt'}})\""
+        f"loaded. To convert it:\npython -c {quoted}"
     )
