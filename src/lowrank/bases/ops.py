@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.kernels.dropout_linear import dropout_linear
 from lowrank.kernels.low_rank_add import low_rank_add
 
 
@@ -27,6 +28,8 @@ class Op(NamedTuple):
 
 
 def _linear_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
+    if type(dropout) is nn.Dropout and dropout.training and 0 < dropout.p < 1:
+        return dropout_linear(x, A, dropout.p)
     return F.linear(dropout(x), A)
 
 

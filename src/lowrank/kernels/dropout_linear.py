@@ -1,0 +1,43 @@
+"""dropout(x)·Aᵀ, the first step of LoRA's forward in training."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dropout_linear_reference(x: Tensor, A: Tensor, p: float) -> Tensor:
+    """dropout(x) (*, in) · A (r, in)ᵀ, in plain steps, which keep dropout(x) and its mask for backward."""
+    return F.linear(F.dropout(x, p), A)
+
+
+def dropout_linear(x: Tensor, A: Tensor, p: float) -> Tensor:
+    """The same numbers from the same random state, keeping only the mask, a byte for each entry of x.
+
+    x itself is kept too, but once for all the layers that take it (q, k and v; gate and up), where each
+    would keep a dropout(x) of its own. benchmarks/step.py --dropout counts the bytes.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # as F.linear would; backward runs outside of autocast
+        dtype = torch.get_autocast_dtype(device)
+        x, A = x.to(dtype), A.to(dtype)
+    return _DropoutLinear.apply(x, A, p)
+
+
+class _DropoutLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, A: Tensor, p: float) -> Tensor:
+        dropped, mask = torch.native_dropout(x, p, True)
+        ctx.save_for_backward(x, A, mask)
+        ctx.scale = 1 / (1 - p)
+        return F.linear(dropped, A)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, A, mask = ctx.saved_tensors
+        grad_x = grad_A = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.native_dropout_backward(grad @ A, mask, ctx.scale)
+        if ctx.needs_input_grad[1]:
+            dropped = torch.ops.aten.native_dropout_backward(x, mask, ctx.scale)
+            grad_A = grad.reshape(-1, grad.shape[-1]).T @ dropped.reshape(-1, dropped.shape[-1])
+        return grad_x, grad_A, None
