@@ -25,7 +25,7 @@ def adapter_file(
     Raises AdapterFileError if it is not there (returns None if not `required`).
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
+    if folder.is_dir() and str(name_or_path):
         path = folder / (subfolder or "") / filename
         if path.is_file():
             return path
@@ -47,18 +47,25 @@ def _download(
 ) -> Path | None:
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingExtraError(
             f"{repo_id} is no folder here; to load it from the hub: pip install huggingface_hub"
         ) from error
+    wanted = f"{subfolder}/{filename}" if subfolder else filename
     try:
         return Path(hf_hub_download(repo_id, filename, subfolder=subfolder, **hub))
+    except LocalEntryNotFoundError as error:
+        raise AdapterFileError(
+            f"{repo_id} is no folder here, and its {wanted} is not in the hub's cache either: {error}"
+        ) from error
     except EntryNotFoundError as error:
         if not required:
             return None
-        raise AdapterFileError(f"{repo_id} on the hub has no {filename}.") from error
+        raise AdapterFileError(f"{repo_id} on the hub has no {wanted}.") from error
     except (OSError, ValueError) as error:
+        # "Force download failed due to the above error"
+        cause = error.__cause__ or error if type(error) is ValueError else error
         raise AdapterFileError(
-            f"{repo_id} is no folder here, and the hub did not give its {filename}: {error}"
+            f"{repo_id} is no folder here, and the hub did not give its {wanted}: {cause}"
         ) from error
