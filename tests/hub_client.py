@@ -148,7 +148,8 @@ def _():
 def _():
     from huggingface_hub import constants
 
-    constants.ENDPOINT = sys.argv[1]
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = template.replace(constants.ENDPOINT, sys.argv[1])
     PeftModel.from_pretrained(base(), "me/never-seen")
 
 

@@ -315,6 +315,8 @@ def test_a_pickle_is_refused_and_the_command_in_the_error_converts_it(tmp_path, 
         PeftModel.from_pretrained(base, folder)
     assert same_bits(bits(base), before)
     assert all(parameter.requires_grad for parameter in base.parameters())
+    assert f"{folder} holds a pickle" in str(error.value)
+    assert "then load that folder" in str(error.value)
     command = str(error.value).splitlines()[-1]
     assert command.startswith("python -c ")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -119,7 +119,7 @@ def test_load_from_the_cache(results):
         ("no adapter in it", ["me/only-a-readme on the hub has no adapter_config.json"]),
         ("weights missing", ["me/no-weights", "neither", "adapter_model.bin"]),
         ("pickle", ["pickle", "python -c"]),
-        ("server gone", ["me/never-seen is no folder here", "hub"]),
+        ("server gone", ["me/never-seen is no folder here", "not in the hub's cache either"]),
     ],
 )
 def test_errors_in_our_words(results, step, words):

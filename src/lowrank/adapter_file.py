@@ -133,5 +133,5 @@ def _pickle_text(pickle: Path) -> str:
     quoted = shlex.quote(code) if set(str(pickle)) & set("\"'$`\\!%") else f'"{code}"'
     return (
         f"{folder} holds a pickle ({PICKLE_NAME}), which can run code when it is loaded; only safetensors are "
-        f"loaded. To convert it:\npython -c {quoted}"
+        f"loaded. To convert it, and then load that folder:\npython -c {quoted}"
     )
