@@ -30,19 +30,19 @@ class Change(NamedTuple):
     saved: bool  # True: the file holds the tensor itself (modules_to_save, trained biases)
 
 
-class Scales(Protocol):
-    """The fields of an adapter's config that decide the numbers."""
+class Fields(Protocol):
+    """The fields of an adapter's config that decide what a merge gives."""
 
     lora_alpha: Any
     use_rslora: Any
     alpha_pattern: Any
-    fan_in_fan_out: Any
+    modules_to_save: Any
 
 
 def changes(
     weights: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
-    config: Scales,
+    config: Fields,
     held_transposed: frozenset[str] = frozenset(),
 ) -> Iterator[Change]:
     """Every tensor of the base that the adapter changes, one at a time, as float64.
@@ -54,6 +54,7 @@ def changes(
     Raises AdapterMismatchError, with every such key, if a key belongs to nothing in `weights`.
     """
     lora, saved, strangers = _sort(weights, tensors)
+    saved |= _tied_copies(saved, weights, config)
     if strangers:
         raise AdapterMismatchError(
             f"{len(strangers)} of the adapter's {len(tensors)} tensors belong to nothing in the base:\n  "
@@ -93,6 +94,22 @@ def _sort(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]):
     return lora, saved, strangers
 
 
+def _tied_copies(
+    saved: Mapping[str, Tensor], weights: Mapping[str, Tensor], config: Fields
+) -> dict[str, Tensor]:
+    """What a saved tensor means for those it is tied to: a module of modules_to_save stands alone, but
+    a trained bias and the embedding of a resized vocabulary are the base's own, tied as before."""
+    own = tuple(f".{name}." for name in config.modules_to_save or ())
+    found = {}
+    for name, value in saved.items():
+        if any(part in f".{name}" for part in own):
+            continue
+        for other, weight in weights.items():
+            if other not in saved and weight.data_ptr() == weights[name].data_ptr() != 0:
+                found[other] = value
+    return found
+
+
 def _weight_name(path: str, weights: Mapping[str, Tensor]) -> str | None:
     names = (f"{path}.weight", f"{path}.in_proj_weight")  # the second: MultiheadAttention
     return next((name for name in names if name in weights), None)
@@ -103,7 +120,7 @@ def _adapted(
     parts: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     saved: dict[str, Tensor],
-    config: Scales,
+    config: Fields,
     held_transposed: frozenset[str],
 ) -> Iterator[Change]:
     name = _weight_name(path, weights)
@@ -139,7 +156,7 @@ def _adapted(
         yield Change(bias, before, before + scaling * parts["lora_bias"].double(), saved=False)
 
 
-def _scaling(path: str, r: int, config: Scales) -> float:
+def _scaling(path: str, r: int, config: Fields) -> float:
     """lora_alpha / r, or lora_alpha / sqrt(r) (Kalajdzievski 2023), as alpha_pattern has it here."""
     alpha = config.lora_alpha
     for pattern, value in (config.alpha_pattern or {}).items():

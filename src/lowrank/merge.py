@@ -146,7 +146,7 @@ def _check_out(out: Path, sources: Iterable[str | Path | None], overwrite: bool)
             and Path(source).resolve().is_relative_to(out.resolve())
         ):
             raise MergeError(
-                f"{out} holds {source}, which the merge reads. Name another output folder."
+                f"{out} is or holds {source}, which the merge reads. Name another output folder."
             )
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise MergeError(

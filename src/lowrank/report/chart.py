@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -81,10 +82,6 @@ def _inline(svg: str, curves: Sequence[Curve]) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, body = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
-    label = f"Loss by optimiser steps: {', '.join(_escaped(curve.name) for curve in curves)}"
+    label = f"Loss by optimiser steps: {', '.join(html.escape(curve.name) for curve in curves)}"
     body = body.replace(INK, "currentColor").replace("xlink:href", "href")
     return f'<svg {box.group() if box else ""} role="img" aria-label="{label}">{body}'
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

@@ -26,6 +26,7 @@ from lowrank.expected import Change, changes, conv1d_weights
 from lowrank.merge import base_of
 from lowrank.model_folder import (
     TASKS,
+    ModelFolderError,
     embedding_names,
     has_tokenizer,
     is_tied,
@@ -73,6 +74,8 @@ def verify(
     from lowrank.adapter_file import read_adapter
 
     started = time.perf_counter()
+    if not (Path(merged) / "config.json").is_file():
+        raise ModelFolderError(f"{merged} is no model folder: there is no config.json in it.")
     file = read_adapter(adapter)
     base = base_of(file.config, base)
     revision = getattr(file.config, "revision", None)

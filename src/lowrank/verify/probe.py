@@ -37,7 +37,7 @@ def by_number(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 def numbered(examples: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The inverse of `by_number`."""
     return {
-        f"{i}.{name}": value
+        f"{i}.{name}": value.clone()  # a file holds no two tensors that share memory
         for i, example in enumerate(examples)
         for name, value in example.items()
     }

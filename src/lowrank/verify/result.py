@@ -30,6 +30,14 @@ class TensorCheck:
         """Nothing but rounding away from the base's weight: the merge left this tensor out."""
         return self.moved is not None and self.moved <= 0.05 + 1.5 * (self.rounding or 0)
 
+    @property
+    def rescaled(self) -> bool:
+        """The change has the right direction and another size: M ≈ W + present·ΔW."""
+        if self.moved is None or self.present is None:
+            return False
+        astray = self.moved**2 - self.present**2 - (self.rounding or 0) ** 2
+        return abs(astray) <= 0.25 * (1 - self.present) ** 2
+
 
 @dataclass(frozen=True)
 class OutputCheck:
@@ -126,7 +134,8 @@ def _about_adapted(wrong: list[TensorCheck], total: int) -> str:
     if missed:
         return f"{head}; the adapter's change was left out in {_names(missed)}."
     present = [check.present for check in wrong if check.present is not None]
-    if len(present) == total and max(present) - min(present) < 0.02 and abs(present[0]) > 0.02:
+    alike = len(present) == total and max(present) - min(present) < 0.02
+    if alike and all(check.rescaled for check in wrong):
         return f"{head}: each has {present[0]:.3f} times the adapter's change. Merged with another scaling?"
     if len(wrong) == total and all(abs(share) < 0.2 for share in present):
         return f"{head}: they hold some other change. Merged with another adapter?"

@@ -1,0 +1,88 @@
+"""`lowrank merge` and `lowrank verify` as they are called, with a fresh process for the merged side."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from folders import WORDS, rewrite, tensors_of, write_adapter_for, write_base
+
+from lowrank.cli import main
+
+
+@pytest.fixture
+def folders(tmp_path):
+    base = write_base(tiny.llama(), tmp_path / "base")
+    adapter = write_adapter_for(
+        base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj", "down_proj"], scale=0.3
+    )
+    return base, adapter, tmp_path / "merged"
+
+
+def call(*words):
+    return main([str(word) for word in words])
+
+
+def test_merge_then_verify(folders, tmp_path, capsys):
+    base, adapter, out = folders
+    assert call("merge", adapter, out) == 0  # the adapter names its base
+    shown = capsys.readouterr().out
+    assert "written" in shown
+    assert "PASSED" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if str(tmp_path) not in line)
+
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": " ".join(WORDS[i : i + 3]), "completion": WORDS[i + 4]} for i in range(3)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "result.json"
+    assert call("verify", base, adapter, out, "--data", data, "--json", file) == 0
+    assert "perplexity" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert result["passed"] is True
+    assert result["outputs"]["inputs"] == 3
+    assert result["outputs"]["perplexity_merged"] == pytest.approx(
+        result["outputs"]["perplexity_adapter"], rel=1e-4
+    )
+
+
+def test_a_wrong_merge_ends_with_1(folders, capsys):
+    base, adapter, out = folders
+    assert call("merge", base, adapter, out, "--no-verify", "--dtype", "float32") == 0
+    assert "PASSED" not in capsys.readouterr().out
+    W, M = tensors_of(base), tensors_of(out)
+    rewrite(out, {name: W[name] + 0.89 * (M[name] - W[name]) for name in M})
+    assert call("verify", base, adapter, out, "--json", "-") == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"] is False
+    assert "0.890 times the adapter's change" in result["reasons"][0]
+
+
+def test_a_merge_that_rounds_too_much_ends_with_1(folders, capsys):
+    _, adapter, out = folders
+    assert call("merge", adapter, out, "--dtype", "bfloat16", "--tolerance", "0.0001") == 1
+    assert "--dtype float32" in " ".join(capsys.readouterr().out.split())
+    assert tensors_of(out)["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["merge", "ADAPTER"], "required: OUT"),
+        (["merge", "BASE", "OUT"], "holds no adapter"),
+        (["merge", "ADAPTER", "ADAPTER", "--overwrite"], "which the merge reads"),
+        (["merge", "ADAPTER", "FULL"], "exists. Name another"),
+        (["merge", "ADAPTER", "OUT", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["verify", "ADAPTER", "OUT"], "there is no config.json in it"),
+        (["verify", "ADAPTER", "BASE", "--tolerance", "7"], "7 is not a share between 0 and 1"),
+        (["verify", "ADAPTER", "BASE", "--data", "OUT"], "no such file"),
+    ],
+)
+def test_what_cannot_run_ends_with_2_and_a_sentence(folders, words, message, capsys):
+    full = folders[2].with_name("full")
+    full.mkdir()
+    (full / "notes.txt").touch()
+    names = dict(zip(("BASE", "ADAPTER", "OUT", "FULL"), (*folders, full), strict=True))
+    assert call(*(names.get(word, word) for word in words)) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err

@@ -1,0 +1,295 @@
+"""`merge_to_folder`: the folder on disk, loaded by transformers alone, against float64."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+import transformers
+from folders import WORDS, tensors_of, write_adapter_for, write_base, write_tokenizer
+from tiny import merged_by_hand
+
+from lowrank import LoraConfig, get_peft_model
+from lowrank.errors import AdapterMismatchError, MergeError
+from lowrank.merge import merge_to_folder
+from lowrank.model_folder import TASKS, ModelFolderError, is_tied, load_model
+
+MODELS = {
+    "llama": (tiny.llama, "CAUSAL_LM", ["q_proj", "down_proj"]),
+    "llama tied": (lambda: tiny.llama(tied=True), "CAUSAL_LM", ["v_proj", "up_proj"]),
+    "gpt2": (tiny.gpt2, "CAUSAL_LM", ["c_attn", "c_proj"]),
+    "t5": (tiny.t5, "SEQ_2_SEQ_LM", ["q", "wo"]),
+    "bert classifier": (
+        lambda: tiny.bert(transformers.BertForSequenceClassification, num_labels=3),
+        "SEQ_CLS",
+        ["query", "dense"],
+    ),
+    "llama classifier": (tiny.llama_classifier, "SEQ_CLS", ["q_proj"]),
+    "bert tokens": (
+        lambda: tiny.bert(transformers.BertForTokenClassification, num_labels=4),
+        "TOKEN_CLS",
+        ["key"],
+    ),
+    "bert questions": (
+        lambda: tiny.bert(transformers.BertForQuestionAnswering),
+        "QUESTION_ANS",
+        ["value"],
+    ),
+    "bert features": (lambda: tiny.bert(transformers.BertModel), "FEATURE_EXTRACTION", ["query"]),
+}
+METHODS = {
+    "lora": ({}, 5 / 3),
+    "rslora": ({"use_rslora": True}, 5 / math.sqrt(3)),
+    "dora": ({"use_dora": True}, 5 / 3),
+}
+
+
+def outputs(model, task):
+    extra = {"decoder_input_ids": tiny.IDS.flip(0)} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        result = model(input_ids=tiny.IDS, **extra)
+    return torch.cat([result[field].flatten() for field in TASKS[task][1]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_folder_computes_what_float64_says(tmp_path, name, method):
+    build, task, targets = MODELS[name]
+    fields, scaling = METHODS[method]
+    base = write_base(build(), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(
+        base, tmp_path / "adapter", task, target_modules=targets, lora_dropout=0.3, **fields
+    )
+
+    result = merge_to_folder(base, adapter, tmp_path / "out")
+
+    truth = merged_by_hand(
+        load_model(base, task, dtype=torch.float32).model, tensors_of(adapter), scaling
+    )
+    merged = load_model(tmp_path / "out", task)
+    assert type(merged.model) is type(load_model(base, task).model)
+    assert not merged.missing
+    assert not merged.unexpected
+    assert is_tied(merged.model) == is_tied(load_model(base, task).model)
+    torch.testing.assert_close(
+        outputs(merged.model.double(), task), outputs(truth, task), atol=1e-5, rtol=1e-5
+    )
+    assert result.dtype == "float32"
+    assert result.task == task
+    assert 0 < result.overall_rounding < 1e-5
+
+
+def test_patterns_and_biases(tmp_path):
+    base = write_base(tiny.llama(attention_bias=True), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(
+        base,
+        tmp_path / "adapter",
+        "CAUSAL_LM",
+        target_modules=["q_proj", "v_proj", "embed_tokens"],
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={"layers.1.self_attn.v_proj": 7, "embed_tokens": 4},
+        bias="lora_only",
+    )
+    merge_to_folder(base, adapter, tmp_path / "out")
+    W, M, a = (tensors_of(tmp_path / part) for part in ("base", "out", "adapter"))
+
+    def product(path, B="lora_B.weight", A="lora_A.weight"):
+        key = f"base_model.model.{path}"
+        return a[f"{key}.{B}"].double() @ a[f"{key}.{A}"].double()
+
+    for i, scaling in ((0, 5 / 2), (1, 7 / 2)):
+        path = f"model.layers.{i}.self_attn.v_proj"
+        exact = W[f"{path}.weight"].double() + scaling * product(path)
+        torch.testing.assert_close(M[f"{path}.weight"].double(), exact, atol=1e-6, rtol=1e-6)
+        assert torch.equal(M[f"{path}.bias"], a[f"base_model.model.{path}.base_layer.bias"])
+        assert not torch.equal(M[f"{path}.bias"], W[f"{path}.bias"])
+    path = "model.embed_tokens"
+    exact = (
+        W[f"{path}.weight"].double()
+        + 4 / 3 * product(path, "lora_embedding_B", "lora_embedding_A").T
+    )
+    torch.testing.assert_close(M[f"{path}.weight"].double(), exact, atol=1e-6, rtol=1e-6)
+
+
+def test_one_rounding_to_the_asked_dtype_and_its_cost(tmp_path):
+    base = write_base(tiny.llama(), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(
+        base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"], scale=0.05
+    )
+    result = merge_to_folder(base, adapter, tmp_path / "out", dtype="bfloat16")
+    W, M, a = (tensors_of(tmp_path / part) for part in ("base", "out", "adapter"))
+    noise = change = 0.0
+    for i in (0, 1):
+        path = f"model.layers.{i}.self_attn.q_proj"
+        key = f"base_model.model.{path}"
+        delta = 5 / 3 * a[f"{key}.lora_B.weight"].double() @ a[f"{key}.lora_A.weight"].double()
+        exact = W[f"{path}.weight"].double() + delta
+        assert M[f"{path}.weight"].dtype == torch.bfloat16
+        # float32's sum may fall on the other side of a tie, once in some ten thousand
+        assert (M[f"{path}.weight"] != exact.to(torch.bfloat16)).sum() <= 1
+        lost = (exact.to(torch.bfloat16).double() - exact).norm()
+        row = next(row for row in result.rounding if row.name == f"{path}.weight")
+        assert row.loss == pytest.approx((lost / delta.norm()).item(), rel=1e-3)
+        noise, change = noise + lost**2, change + delta.norm() ** 2
+    assert result.overall_rounding == pytest.approx(math.sqrt(noise / change), rel=1e-3)
+    assert result.dtype == "bfloat16"
+    assert {tensor.dtype for tensor in M.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_bases_own_dtype_is_kept(tmp_path):
+    base = write_base(tiny.llama(), tmp_path / "base", torch.bfloat16, tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    assert merge_to_folder(base, adapter, tmp_path / "out").dtype == "bfloat16"
+    W, M = tensors_of(base), tensors_of(tmp_path / "out")
+    assert {tensor.dtype for tensor in M.values()} == {torch.bfloat16}
+    untouched = [name for name in W if "q_proj" not in name]
+    assert all(torch.equal(W[name], M[name]) for name in untouched)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_one_side_of_a_tied_pair_is_untied(tmp_path, target):
+    base = write_base(tiny.llama(tied=True), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(
+        base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj", target]
+    )
+    assert merge_to_folder(base, adapter, tmp_path / "out").untied
+    merged = load_model(tmp_path / "out", "CAUSAL_LM")
+    assert not merged.missing
+    assert not merged.model.config.tie_word_embeddings
+    truth = merged_by_hand(
+        load_model(base, "CAUSAL_LM", dtype=torch.float32).model, tensors_of(adapter), 5 / 3
+    )
+    torch.testing.assert_close(
+        outputs(merged.model.double(), "CAUSAL_LM"),
+        outputs(truth, "CAUSAL_LM"),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary(tmp_path, tied):
+    base = write_base(tiny.llama(tied=tied), tmp_path / "base")
+    model = load_model(base, "CAUSAL_LM").model
+    model.resize_token_embeddings(97, mean_resizing=False)
+    adapted = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    tiny.randomise(adapted).save_pretrained(tmp_path / "adapter")
+    write_tokenizer(tmp_path / "adapter", extra=("zebra",))
+
+    result = merge_to_folder(base, tmp_path / "adapter", tmp_path / "out")
+
+    assert result.tokenizer == str(tmp_path / "adapter")
+    merged = load_model(tmp_path / "out", "CAUSAL_LM")
+    assert not merged.missing
+    assert merged.model.config.vocab_size == 97
+    assert is_tied(merged.model) == tied
+    ids = torch.tensor([[1, 94, 96, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged.model(input_ids=ids).logits,
+            adapted.eval()(input_ids=ids).logits,
+            atol=1e-5,
+            rtol=1e-5,
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("zebra")["input_ids"] == [4 + len(WORDS)]
+
+
+def test_the_classifier_of_the_adapter_decides_the_labels(tmp_path):
+    base = write_base(tiny.bert(transformers.BertModel), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(
+        base, tmp_path / "adapter", "SEQ_CLS", target_modules=["query"], options={"num_labels": 5}
+    )
+    merge_to_folder(base, adapter, tmp_path / "out")
+    merged = load_model(tmp_path / "out", "SEQ_CLS")
+    assert not merged.missing
+    saved = tensors_of(adapter)["base_model.model.classifier.weight"]
+    assert torch.equal(merged.model.classifier.weight, saved)
+    assert merged.model.config.num_labels == 5
+
+
+def test_what_lies_beside_the_weights_comes_along(tmp_path):
+    base = write_base(tiny.llama(), tmp_path / "base")
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    (base / "preprocessor_config.json").write_text('{"size": 3}')
+    # one that transformers itself would refuse to save: a temperature without sampling
+    (base / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": false}')
+    result = merge_to_folder(None, adapter, tmp_path / "out")
+    assert result.base == result.tokenizer == str(base)
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "generation_config.json",
+    ):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
+
+
+def test_an_existing_folder_is_only_replaced_when_asked(tmp_path):
+    base = write_base(tiny.llama(), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    out = tmp_path / "out"
+    out.mkdir()
+    merge_to_folder(base, adapter, out)  # an empty one is free
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(MergeError, match="exists"):
+        merge_to_folder(base, adapter, out)
+    assert (out / "mine.txt").exists()
+    merge_to_folder(base, adapter, out, overwrite=True)
+    assert not (out / "mine.txt").exists()
+    for source in (base, adapter, tmp_path):
+        with pytest.raises(MergeError, match="which the merge reads"):
+            merge_to_folder(base, adapter, source, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
+    base = write_base(tiny.llama(), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    merge_to_folder(base, adapter, tmp_path / "out")
+    before = tensors_of(tmp_path / "out")
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        merge_to_folder(base, adapter, tmp_path / "out", overwrite=True)
+    assert tiny.same_bits(before, tensors_of(tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+def test_a_dtype_too_narrow_is_refused(tmp_path):
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e5)
+    base = write_base(model, tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(MergeError, match=r"model\.norm\.weight.*float16"):
+        merge_to_folder(base, adapter, tmp_path / "out", dtype="float16")
+    with pytest.raises(MergeError, match=r"int8.*float32, bfloat16, float16"):
+        merge_to_folder(base, adapter, tmp_path / "out", dtype="int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_go_together_is_an_error(tmp_path):
+    base = write_base(tiny.llama(), tmp_path / "base", tokenizer=False)
+    other = write_base(tiny.llama(layers=1), tmp_path / "other", tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(AdapterMismatchError, match=r"layers\.1\.self_attn\.q_proj"):
+        merge_to_folder(other, adapter, tmp_path / "out")
+    with pytest.raises(ModelFolderError, match="nowhere"):
+        merge_to_folder(tmp_path / "nowhere", adapter, tmp_path / "out")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": None})
+    )
+    with pytest.raises(MergeError, match="names no base"):
+        merge_to_folder(None, adapter, tmp_path / "out")
