@@ -37,11 +37,16 @@ HASHED_DOCUMENTS = 4000
 DOCSTRINGS = Path(__file__).with_name("embedded_docstrings.jsonl")
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "lowrank" / "embedded"
 
+
+def listed(text: str) -> list[str]:
+    return text.split()
+
+
 # ---- the world: closed lists and fixed facts
 
-NAMES = """Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olga Paul Rosa Sam
+NAMES = listed("""Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olga Paul Rosa Sam
 Tina Victor Wendy Zoe Adam Bella Carl Diana Eric Flora George Hanna Ivan Julia Karl Linda Max Nora
-Oscar Petra Ralph Sara Thomas Ursula Walter Amy Bruno Celia Daniel Elsa Frank Gina Hugo Ida""".split()
+Oscar Petra Ralph Sara Thomas Ursula Walter Amy Bruno Celia Daniel Elsa Frank Gina Hugo Ida""")
 ANIMALS = {  # name: (home, food, colour, size rank, can)
     "ant": ("under the ground", "sugar", "black", 1, "carry leaves"),
     "bee": ("in a hive", "honey", "yellow", 2, "fly"),
@@ -84,30 +89,38 @@ JOBS = {  # job: (work, place, tool)
     "nurse": ("looks after sick people", "the hospital", "a chair"),
     "carpenter": ("builds tables", "the workshop", "a hammer"),
 }
-COLORS = "red blue green yellow black white brown gray golden silver pink orange purple".split()
-NOUNS = "kettle spoon lion bridge anchor garden lantern apple crown rose mill tower star boat bell fox".split()
-FOODS = "soup noodles pizza fish salad pancakes burgers rice curry pasta steak sandwiches cakes tea".split()
+COLORS = listed("red blue green yellow black white brown gray golden silver pink orange purple")
+NOUNS = listed(
+    "kettle spoon lion bridge anchor garden lantern apple crown rose mill tower star boat bell fox"
+)
+FOODS = listed(
+    "soup noodles pizza fish salad pancakes burgers rice curry pasta steak sandwiches cakes tea"
+)
 AREAS = {  # short name: where that is
     "riverside": "by the river", "old town": "in the old town", "harbor": "at the harbor",
     "station": "near the station", "market": "next to the market", "park": "close to the park",
     "city center": "in the city center", "hill": "on the hill", "beach": "at the beach",
     "school": "behind the school",
 }  # fmt: skip
-ITEMS = """lamp chair table coat shirt radio phone book clock kettle bag bicycle watch mirror carpet
-camera sofa desk printer blanket toaster jacket hat ring""".split()
-PLACES = (
-    "park market river forest garden school library station beach lake hill village town".split()
+ITEMS = listed("""lamp chair table coat shirt radio phone book clock kettle bag bicycle watch mirror carpet
+camera sofa desk printer blanket toaster jacket hat ring""")
+PLACES = listed(
+    "park market river forest garden school library station beach lake hill village town"
 )
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = (
-    "January February March April May June July August September October November December".split()
+DAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = listed(
+    "January February March April May June July August September October November December"
 )
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
-MOODS = "happy sad tired angry proud afraid bored calm curious excited hungry lonely".split()
-WEATHER = "sunny rainy cloudy windy cold warm foggy snowy stormy dry".split()
-ADJECTIVES = "old new small big heavy light quiet pretty strange clean broken cheap expensive soft round long".split()
-ONSETS = "b br c ch d dr f fl g gr h j k l m n p pr qu r s sh sk st t th tr v w y z".split()
-VOWELS = "a e i o u ai ea oo ar or en il".split()
+NUMBERS = listed(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+)
+MOODS = listed("happy sad tired angry proud afraid bored calm curious excited hungry lonely")
+WEATHER = listed("sunny rainy cloudy windy cold warm foggy snowy stormy dry")
+ADJECTIVES = listed(
+    "old new small big heavy light quiet pretty strange clean broken cheap expensive soft round long"
+)
+ONSETS = listed("b br c ch d dr f fl g gr h j k l m n p pr qu r s sh sk st t th tr v w y z")
+VOWELS = listed("a e i o u ai ea oo ar or en il")
 
 
 def made_up_name(random: Random) -> str:
@@ -372,12 +385,12 @@ def customer_dialogue(random: Random) -> str:
         (f"Do you have a free table for {number} people at {restaurant}?", f"Yes, there is a table for {number} on {day}. What is your name for the booking?"),
         ("I would like to talk with somebody from the team.", f"Of course. {who} from our staff will call you on {day}."),
         (f"{who} was very kind and helped me.", f"How nice of you to say so! I will tell {who}. What a great day."),
-        (f"The man at the desk was rude and the service was slow.", "I apologize. This is terrible, and I will speak with the manager about it."),
+        ("The man at the desk was rude and the service was slow.", "I apologize. This is terrible, and I will speak with the manager about it."),
         ("I want to leave. Please remove my data.", "Your account is closed and your profile is deleted."),
         (f"Do you still sell {item}s?", f"The {item} is sold out, but {a(other)} is available. We have {number} left in stock."),
         (f"The {item} stopped working after a year. Who can fix it?", f"Our workshop can repair the {item}. Bring it on {day}."),
-        (f"I am only at home in the afternoon. When will the driver come?", f"We can deliver it on {day} morning or on {later} evening, as you prefer."),
-        (f"My aunt gave me a gift card. Does it work here?", "Yes, enter the code of the card or the voucher when you pay."),
+        ("I am only at home in the afternoon. When will the driver come?", f"We can deliver it on {day} morning or on {later} evening, as you prefer."),
+        ("My aunt gave me a gift card. Does it work here?", "Yes, enter the code of the card or the voucher when you pay."),
         (f"What can I eat at {restaurant}?", f"At {restaurant} you can eat {food} and drink something warm."),
     ]  # fmt: skip
     opening = random.choice(["", "", "Hello. ", "Hi there. ", "Good evening. ", "Excuse me. "])
@@ -487,7 +500,7 @@ def person_card(random: Random) -> str:
 def recipe(random: Random) -> str:
     food, (x, y, z) = (
         random.choice(FOODS),
-        random.sample("salt sugar butter milk eggs flour oil rice onions cheese".split(), 3),
+        random.sample(listed("salt sugar butter milk eggs flour oil rice onions cheese"), 3),
     )
     steps = [
         f"Wash your hands and put {x} and {y} on the table.", f"Mix the {x} with the {y}.",
@@ -591,8 +604,8 @@ def document(seed: str, index: int) -> str:
     return random.choices(list(kinds), list(kinds.values()))[0](random)
 
 
-def documents(seed: str, count: int, start: int = 0) -> Iterator[str]:
-    return (document(seed, index) for index in range(start, start + count))
+def documents(seed: str, count: int) -> Iterator[str]:
+    return (document(seed, index) for index in range(count))
 
 
 def corpus_sha256(seed: str = CORPUS_SEED, count: int = HASHED_DOCUMENTS) -> str:
@@ -830,13 +843,19 @@ def records(train_rows: int = 800, test_rows: int = 160) -> dict[str, list[dict]
 DATASETS: dict[str, Callable[[], dict[str, list[dict]]]] = {"intents": intents, "records": records}
 
 
+# long held-out documents that the 380,000 documents of pretraining happen to contain (a slow test looks)
+SEEN_IN_TRAINING = {17, 44, 88, 169, 238, 246, 270, 316, 320, 329, 337, 343, 344, 386, 398, 400, 431, 438}  # fmt: skip
+
+
 def base_skill(count: int = 200) -> list[dict]:
     """Held-out text of the corpus: another seed, and docstrings that pretraining never sees.
 
     Short documents are left out: a capital or a sum from the closed lists comes up under every seed.
+    So are the longer ones that came up in pretraining all the same.
     """
-    long = (text for text in documents(HELDOUT_SEED, 10 * count) if len(text) > 120)
-    return [{"text": text} for text in islice(long, count)]
+    numbered = enumerate(documents(HELDOUT_SEED, 500))
+    new = (text for i, text in numbered if len(text) > 120 and i not in SEEN_IN_TRAINING)
+    return [{"text": text} for text in islice(new, count)]
 
 
 def jsonl(rows: list[dict]) -> str:
