@@ -11,8 +11,26 @@ from transformers import PreTrainedTokenizerFast
 
 from lowrank import LoraConfig, get_peft_model
 from lowrank.model_folder import load_model, quiet
+from lowrank.verify import probe
 
 WORDS = ["the", "old", "lighthouse", "keeper", "wrote", "down", "weather", "every", "morning"]
+
+
+class InProcess:
+    """Stands in for verify's fresh process: starting one costs seconds."""
+
+    def __init__(self, job: Path):
+        self.returncode, self.error = 0, ""
+        try:
+            probe.main(job)
+        except Exception as error:
+            self.returncode, self.error = 1, f"{type(error).__name__}: {error}"
+
+    def communicate(self):
+        return "", self.error
+
+    def kill(self):
+        pass
 
 
 def write_base(model, folder: Path, dtype=torch.float32, tokenizer: bool = True) -> Path:

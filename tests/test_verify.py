@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from folders import edit_config, rewrite, tensors_of, write_adapter_for, write_base
+from folders import InProcess, edit_config, rewrite, tensors_of, write_adapter_for, write_base
 
 import lowrank.verify as verifying
 from lowrank.merge import merge_to_folder
@@ -20,26 +20,9 @@ from lowrank.verify import probe, verify
 from lowrank.verify.inputs import MAX_TOKENS, TEXTS
 
 
-class InProcess:
-    """The probe without the process: starting one costs seconds."""
-
-    def __init__(self, job):
-        self.returncode, self.error = 0, ""
-        try:
-            probe.main(job)
-        except Exception as error:
-            self.returncode, self.error = 1, f"{type(error).__name__}: {error}"
-
-    def communicate(self):
-        return "", self.error
-
-    def kill(self):
-        pass
-
-
 @pytest.fixture(autouse=True)
 def _in_process(monkeypatch, request):
-    if "fresh_process" not in request.keywords and "fresh" not in request.node.name:
+    if "fresh" not in request.node.name:
         monkeypatch.setattr(verifying, "_start_probe", InProcess)
 
 

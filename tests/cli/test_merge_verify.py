@@ -1,11 +1,11 @@
-"""`lowrank merge` and `lowrank verify` as they are called, with a fresh process for the merged side."""
+"""`lowrank merge` and `lowrank verify` as they are called."""
 
 import json
 
 import pytest
 import tiny
 import torch
-from folders import WORDS, rewrite, tensors_of, write_adapter_for, write_base
+from folders import WORDS, InProcess, rewrite, tensors_of, write_adapter_for, write_base
 
 from lowrank.cli import main
 
@@ -45,7 +45,8 @@ def test_merge_then_verify(folders, tmp_path, capsys):
     )
 
 
-def test_a_wrong_merge_ends_with_1(folders, capsys):
+def test_a_wrong_merge_ends_with_1(folders, capsys, monkeypatch):
+    monkeypatch.setattr("lowrank.verify._start_probe", InProcess)
     base, adapter, out = folders
     assert call("merge", base, adapter, out, "--no-verify", "--dtype", "float32") == 0
     assert "PASSED" not in capsys.readouterr().out
@@ -57,7 +58,8 @@ def test_a_wrong_merge_ends_with_1(folders, capsys):
     assert "0.890 times the adapter's change" in result["reasons"][0]
 
 
-def test_a_merge_that_rounds_too_much_ends_with_1(folders, capsys):
+def test_a_merge_that_rounds_too_much_ends_with_1(folders, capsys, monkeypatch):
+    monkeypatch.setattr("lowrank.verify._start_probe", InProcess)
     _, adapter, out = folders
     assert call("merge", adapter, out, "--dtype", "bfloat16", "--tolerance", "0.0001") == 1
     assert "--dtype float32" in " ".join(capsys.readouterr().out.split())
