@@ -113,7 +113,7 @@ def run_report(
         costs=[
             Fact("training", f"{training.train_seconds:.1f} s", _pace(result)),
             Fact("whole run", f"{seconds:.1f} s", "with loading, evaluations and saving"),
-            Fact("peak memory", amount(training.peak_bytes, "B"), f"of the {training.peak_of}"),
+            Fact("peak memory", amount(training.peak_bytes, "B"), memory_words(training)),
             Fact("adapter file" if lora else "weights", amount(weights_bytes(folder), "B")),
         ],
         settings=[Setting(*entry) for entry in settings.listing()],
@@ -142,6 +142,11 @@ def module_rows(targets: list[Any]) -> list[ModuleRow]:
         ModuleRow(name, kind, shape, r, len(group), sum(t.params for t in group))
         for (name, kind, shape, r), group in grouped.items()
     ]
+
+
+def memory_words(training: Any) -> str:
+    added = max(training.peak_bytes - training.start_bytes, 0)
+    return f"of the {training.peak_of}; training added {amount(added, 'B')}"
 
 
 def weights_bytes(folder: Path) -> int:

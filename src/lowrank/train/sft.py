@@ -1,6 +1,9 @@
 """Supervised fine-tuning of a causal language model: transformers' Trainer underneath."""
 
+import contextlib
+import ctypes
 import dataclasses
+import gc
 import resource
 import sys
 from collections.abc import Sequence
@@ -35,8 +38,9 @@ class Training:
     train_seconds: float  # without evaluations and saving
     eval_seconds: float
     tokens_per_second: float
-    peak_bytes: int
-    peak_of: str  # "process": its largest resident size; "cuda": allocated on the device
+    start_bytes: int  # memory when training began: the model, its adapter, the libraries
+    peak_bytes: int  # and at its peak while it ran
+    peak_of: str  # "process": resident memory; "cuda": allocated on the device
     trainable_params: int
     total_params: int
 
@@ -85,6 +89,7 @@ def train_sft(
         callbacks=[watch, log, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    start_bytes = start_of_peak()
     result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     rows_seen = watch.steps * settings.batch_size * settings.gradient_accumulation_steps
     tokens_seen = rows_seen * train.tokens / len(train.examples)
@@ -97,6 +102,7 @@ def train_sft(
         train_seconds=watch.train_seconds,
         eval_seconds=watch.eval_seconds,
         tokens_per_second=tokens_seen / max(watch.train_seconds, 1e-9),
+        start_bytes=start_bytes,
         peak_bytes=peak_bytes,
         peak_of=peak_of,
         trainable_params=trainable,
@@ -185,12 +191,34 @@ def newest_checkpoint(output_dir: str | Path) -> Path:
     return found[-1]
 
 
+def start_of_peak() -> int:
+    """Memory in use now, in bytes; the peak is counted from here on, where the system lets us."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # Linux, with glibc
+        # what an evaluation before has freed goes back to the system: it would hide what training takes
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return _linux_memory("VmRSS") or peak_memory()[0]
+
+
 def peak_memory() -> tuple[int, str]:
-    """The largest memory so far, in bytes, and of what."""
+    """The largest memory since `start_of_peak`, in bytes, and of what."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(), "cuda"
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
+    ever = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _linux_memory("VmHWM") or ever, "process"
+
+
+def _linux_memory(name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def _strategy(steps: int | None) -> str:
