@@ -231,10 +231,21 @@ class PeftModel(nn.Module):
                 save_embedding_layers=save_embedding_layers,
             )
             if is_main_process:
-                config = dataclasses.replace(self.peft_config[name], inference_mode=True)
+                config = dataclasses.replace(
+                    self.peft_config[name],
+                    inference_mode=True,
+                    auto_mapping=self._auto_mapping(name),
+                )
                 write_adapter(folder, Adapter(config, tensors, self._metadata(name)))
         if is_main_process:
             self.create_or_update_model_card(save_directory)
+
+    def _auto_mapping(self, name: str) -> dict[str, str] | None:
+        """Which class the base is, where no task type says so: PEFT's AutoPeftModel reads it."""
+        if self.peft_config[name].task_type is not None:
+            return None
+        kind = type(self.get_base_model())
+        return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
     def _metadata(self, name: str) -> dict[str, Any]:
         versions = {"lowrank": __version__, "torch": torch.__version__}

@@ -91,15 +91,9 @@ def resolved(
         others = replace(config, target_modules=names)
         if set(_matched(model, dict(walk(model)), others, saved, [])) != paths:
             names = sorted(paths)
-    heads = [
-        path
-        for path in saved
-        if path.rpartition(".")[2] in TASK_HEADS.get(config.task_type or "", ())
-    ]
     named = config.modules_to_save or []
-    modules_to_save = list(named) + [
-        path for path in heads if not any(_is_or_ends(path, name) for name in named)
-    ]
+    heads = [path for path in saved if path.endswith(TASK_HEADS.get(config.task_type or "", ()))]
+    modules_to_save = [*named, *[path for path in heads if not path.endswith(tuple(named))]]
     return replace(config, target_modules=names, modules_to_save=modules_to_save or None)
 
 
@@ -272,12 +266,12 @@ def _saved_paths(
     problems = []
     endings = {path.rpartition(".")[2] for path in modules}
     for name in named:
-        if not any(_is_or_ends(path, name) for path in modules):
+        if not any(path.endswith(name) for path in modules):
             problems.append(
                 f"modules_to_save: {name!r} matches no module.{did_you_mean(name.rpartition('.')[2], endings)}"
             )
-    wanted = [*named, *heads]
-    found = [path for path in modules if any(_is_or_ends(path, name) for name in wanted)]
+    # as PEFT, by the last letters and not the last names: "norm" is every path that ends in norm
+    found = [path for path in modules if path.endswith((*named, *heads))]
     outermost = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
     for path in outermost:
         reasons = _why_never_called(model, path, modules[path])

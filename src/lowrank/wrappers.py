@@ -62,7 +62,7 @@ def base_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
     ours = {id(parameter) for _, parameter in adapter_parameters(model)}
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
         if (name == "bias" or name.endswith(".bias"))
         and ".original_module." not in name
         and id(parameter) not in ours
