@@ -236,6 +236,20 @@ def test_a_broken_regular_expression_is_an_error(what):
     assert text.count("not a regular expression") == 1
 
 
+@pytest.mark.parametrize("what", ["rank_pattern", "alpha_pattern"])
+def test_a_broken_regular_expression_in_a_pattern_is_an_error(what):
+    text = refusal(Net(), target_modules=["q_proj"], **{what: {"*proj": 3}})
+    assert f"{what}: '*proj' is not a regular expression" in text
+    assert text.count("not a regular expression") == 1
+
+
+def test_a_broken_regular_expression_for_layers_is_an_error():
+    text = refusal(
+        Net(), target_modules=["q_proj"], layers_to_transform=[0], layers_pattern="(layers"
+    )
+    assert "layers_pattern='(layers' is not a regular expression" in text
+
+
 def test_a_layer_beyond_the_model_is_an_error():
     text = refusal(Net(), target_modules=["q_proj"], layers_to_transform=[1, 3, 17])
     assert text == "layers_to_transform: [3, 17] are not layers of this model; it has 0 to 2."

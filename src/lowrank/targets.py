@@ -175,6 +175,12 @@ def _in_layers(
     wanted = [wanted] if isinstance(wanted, int) else list(wanted)
     patterns = config.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    broken = [pattern for pattern in patterns if _broken(pattern)]
+    if broken:
+        problems.append(
+            f"layers_pattern={broken[0]!r} is not a regular expression: {_broken(broken[0])}."
+        )
+        return []
     index = {path: _layer_index(path, patterns) for path in found}
     present = sorted({i for i in index.values() if i is not None})
     if not present and found:
@@ -404,6 +410,15 @@ def _is_or_ends(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
+def _broken(pattern: str) -> str:
+    """Why `pattern` is not a regular expression, or an empty text."""
+    try:
+        re.compile(f"({pattern})")
+    except re.error as error:
+        return str(error)
+    return ""
+
+
 def _fullmatch(pattern: str, path: str, what: str, problems: list[str]) -> bool:
     try:
         return re.fullmatch(pattern, path) is not None
@@ -416,17 +431,24 @@ def _fullmatch(pattern: str, path: str, what: str, problems: list[str]) -> bool:
 
 def _pattern_value(pattern: dict, path: str, default):
     """The value of the first key that is the path, a suffix of it, or a regular expression for one."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+    return next((value for key, value in pattern.items() if _key_matches(key, path)), default)
+
+
+def _key_matches(key: str, path: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({key})$", path) is not None
+    except re.error:  # which _pattern_problems tells
+        return False
 
 
 def _pattern_problems(config: LoraConfig, wanted: list[str]) -> list[str]:
     problems = []
     for what in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, what):
-            if wanted and not any(re.match(rf"(.*\.)?({key})$", path) for path in wanted):
+            broken = _broken(key)
+            if broken:
+                problems.append(f"{what}: {key!r} is not a regular expression: {broken}.")
+            elif wanted and not any(_key_matches(key, path) for path in wanted):
                 endings = {path.rpartition(".")[2] for path in wanted}
                 problems.append(
                     f"{what}: {key!r} matches none of the targeted modules.{did_you_mean(key, endings)}"
