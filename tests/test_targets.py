@@ -11,6 +11,7 @@ from lowrank.config import LoraConfig
 from lowrank.errors import ConfigError, TargetError
 from lowrank.inject import inject
 from lowrank.layer import LoraLayer
+from lowrank.saved_module import ModulesToSaveWrapper
 from lowrank.targets import plan, resolved, saved_modules
 from lowrank.wrappers import adapter_parameters
 
@@ -455,6 +456,21 @@ def test_saving_a_module_whole_that_has_an_adapter_in_it_is_refused():
             net, target_modules=["q_proj" if name == "head" else "embed"], modules_to_save=[name]
         )
         assert "already has an adapter" in text
+
+
+@pytest.mark.parametrize(
+    "targets", [["head"], ["down"], "all-linear"], ids=["the module", "inside it", "all-linear"]
+)
+def test_adapting_a_module_that_another_adapter_saves_whole_is_refused(targets):
+    net = Net(layers=1)
+    config = LoraConfig(target_modules=["q_proj"])
+    saved = ["layers.0.norm", "head"] if targets != ["down"] else ["layers"]
+    if targets == ["down"]:
+        config = LoraConfig(target_modules=["head"])
+    inject(net, plan(net, config), "a", saved=saved)
+    assert any(isinstance(m, ModulesToSaveWrapper) for m in net.modules())
+    text = refusal(net, target_modules=targets)
+    assert "saved whole by another adapter" in text
 
 
 # --- one module under two names -------------------------------------------------------------------

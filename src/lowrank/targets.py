@@ -47,11 +47,16 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
     saved, saved_problems = _saved_paths(model, modules, config)
     problems += saved_problems
     wanted = _matched(model, modules, config, saved, problems)
+    kept_whole = _inside_saved_modules(model)
     targets: dict[int, Target] = {}
     refused: dict[str, list[str]] = {}
     for path in wanted:
         module = modules[path]
         if id(module) in targets:  # the same module under a second name
+            continue
+        if id(module) in kept_whole:
+            reason = "saved whole by another adapter (modules_to_save); a module is either adapted or saved whole."
+            refused.setdefault(reason, []).append(path)
             continue
         parent = modules.get(path.rpartition(".")[0], model)
         target, why_not = _target(model, path, module, parent, config)
@@ -292,6 +297,12 @@ def _saved_paths(
             f"modules_to_save: {_some(sorted(adapted))} already has an adapter; a module is either adapted or saved whole."
         )
     return outermost, problems
+
+
+def _inside_saved_modules(model: nn.Module) -> set[int]:
+    """The ids of the modules that some adapter's copies replace."""
+    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    return {id(m) for wrapper in wrappers for m in wrapper.original_module.modules()}
 
 
 def _lora_paths(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, LoraLayer]]:
