@@ -249,6 +249,9 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.loftq_config = self.loftq_config or {}
+        self.layers_pattern = (
+            self.layers_pattern or None
+        )  # [] of older files; PEFT refuses it beside a string
         if isinstance(self.runtime_config, Mapping):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
         problems = self.problems()
@@ -309,7 +312,7 @@ class LoraConfig(PeftConfig):
             found.append(
                 "layers_to_transform needs target_modules as a list of names: put the layers into the regular expression."
             )
-        if self.layers_pattern and self.layers_to_transform is None:
+        if self.layers_pattern is not None and self.layers_to_transform is None:
             found.append("layers_pattern does nothing without layers_to_transform.")
         return found
 
