@@ -3,6 +3,8 @@
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from models import AttentionNet, ConvNet, Net
 from tiny import bert, gpt2, llama, llama_classifier, t5
 from torch import nn
@@ -201,6 +203,18 @@ def test_without_target_modules_an_unknown_architecture_has_every_linear_layer_a
     net = Net(layers=1)
     assert set(paths(net)) == set(paths(net, target_modules="all-linear"))
     assert "layers.0.up" not in paths(net, exclude_modules=["up"])
+
+
+@pytest.mark.parametrize("extra", [{"task_type": "TOKEN_CLS"}, {"modules_to_save": ["classifier"]}])
+def test_the_defaults_leave_out_what_is_saved_whole(extra):
+    net = Net(layers=1)
+    net.classifier = nn.Linear(7, 3)
+    config = LoraConfig(**extra)
+    targets = plan(net, config)
+    assert "classifier" not in {t.path for t in targets}
+    assert saved_modules(net, config) == ["classifier"]
+    again = resolved(net, config, targets, ["classifier"])
+    assert [t.path for t in plan(net, again)] == [t.path for t in targets]
 
 
 def test_resolved_names_select_the_same_modules():
@@ -418,6 +432,23 @@ def test_mambas_bypassed_layers_are_refused():
     assert endings(paths(mamba(), target_modules=["in_proj", "x_proj"])) == {"in_proj", "x_proj"}
 
 
+def test_mambas_defaults_leave_them_out():
+    assert endings(paths(mamba())) == {"in_proj", "x_proj", "dt_proj"}
+
+
+def test_fan_in_fan_out_does_not_turn_a_linear_layer_around():
+    """Its weight is (out, in) whatever its forward; PEFT too says so."""
+
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    net = nn.ModuleDict({"odd": Odd(7, 5), "attention": nn.MultiheadAttention(6, 2)})
+    found = plan(net, LoraConfig(target_modules=["odd", "out_proj"], fan_in_fan_out=True))
+    assert [(t.out, t.in_) for t in found] == [(5, 7), (6, 6)]
+    assert not any("transposed" in t.kind.name for t in found)
+
+
 # --- a second adapter -----------------------------------------------------------------------------
 
 
@@ -473,6 +504,12 @@ def test_adapting_a_module_that_another_adapter_saves_whole_is_refused(targets):
     assert "saved whole by another adapter" in text
 
 
+def test_all_linear_still_leaves_out_a_head_that_is_saved_whole():
+    model = llama()
+    inject(model, plan(model, LoraConfig()), "a", saved=["lm_head"])
+    assert endings(paths(model, target_modules="all-linear")) == set(LLAMA)
+
+
 # --- one module under two names -------------------------------------------------------------------
 
 
@@ -484,6 +521,13 @@ def test_a_module_under_two_names_is_one_target():
     inject(net, plan(net, config), "default")
     assert isinstance(net.again, LoraLayer)
     assert net.again is net.head
+
+
+def test_one_name_adapted_and_the_other_saved_whole_is_refused():
+    net = Net(layers=1)
+    net.again = net.head
+    text = refusal(net, target_modules=["again"], modules_to_save=["head"])
+    assert "modules_to_save" in text
 
 
 # --- the same as PEFT -----------------------------------------------------------------------------
@@ -505,6 +549,49 @@ PATTERNS = [
     ".*proj",
     "^model.*v_proj",
 ]
+
+
+@pytest.mark.interop
+@given(
+    fields=st.fixed_dictionaries(
+        {
+            "target_modules": st.lists(st.sampled_from(NAMES), min_size=1, max_size=4)
+            | st.sampled_from([r".*_proj", r".*\.(q|v)_proj", r"model\.layers\.[01]\..*up_proj"]),
+        },
+        optional={
+            "exclude_modules": st.lists(st.sampled_from(NAMES), min_size=1, max_size=2)
+            | st.sampled_from([r".*\.0\..*", r".*up_proj"]),
+            "layers_to_transform": st.integers(0, 1)
+            | st.lists(st.integers(0, 1), min_size=1, unique=True),
+            "layers_pattern": st.sampled_from(["layers", ["layers", "h"], []]),
+            "modules_to_save": st.sampled_from([["mlp"], ["down_proj"], ["lm_head", "o_proj"]]),
+            "rank_pattern": st.dictionaries(
+                st.sampled_from(PATTERNS), st.integers(1, 9), max_size=3
+            ),
+            "alpha_pattern": st.dictionaries(
+                st.sampled_from(PATTERNS), st.integers(1, 9), max_size=3
+            ),
+        },
+    )
+)
+def test_the_modules_ranks_and_scalings_are_pefts(fields):
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    try:
+        config = LoraConfig(r=5, lora_alpha=3, **fields)
+        found = {t.path: (t.r, t.scaling) for t in plan(LLAMA_ON_META, config)}
+    except (ConfigError, TargetError):
+        return
+    theirs = peft.LoraConfig(r=5, lora_alpha=3, **fields)
+    keys = [k for k, _ in LLAMA_ON_META.named_modules() if check_target_module_exists(theirs, k)]
+    assert list(found) == keys
+    for path, (r, scaling) in found.items():
+        rank = theirs.rank_pattern.get(get_pattern_key(theirs.rank_pattern, path), theirs.r)
+        alphas = theirs.alpha_pattern
+        assert r == rank
+        assert scaling == alphas.get(get_pattern_key(alphas, path), theirs.lora_alpha) / rank
 
 
 with torch.device("meta"):

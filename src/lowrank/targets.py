@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lowrank.architectures import BYPASSED, DEFAULT_TARGETS
+from lowrank.architectures import BYPASSED, DEFAULT_TARGETS, WEIGHT_TAKEN
 from lowrank.bases.kinds import EMBEDDING, Kind, is_transposed_linear, kind_of
 from lowrank.config import TASK_HEADS, LoraConfig
 from lowrank.errors import TargetError, did_you_mean, listed, nearest
@@ -89,7 +89,7 @@ def resolved(
     """`config` with target_modules and modules_to_save as names that select the same modules anywhere."""
     names = config.target_modules
     if names is None:
-        names = list(_default_targets(model))
+        names = _default_targets(model, config, saved)
     elif names == ALL_LINEAR:
         paths = {target.path for target in targets}
         names = sorted({path.rpartition(".")[2] for path in paths})
@@ -125,13 +125,10 @@ def _matched(
     problems: list[str],
 ) -> list[str]:
     """The paths that are targeted; adds what is wrong to `problems`."""
-    inside_saved = tuple(f"{path}." for path in saved)
-    candidates = [
-        path for path in modules if path not in saved and not path.startswith(inside_saved)
-    ]
+    candidates = _outside(modules, saved)
     names = config.target_modules
     if names is None:
-        names = list(_default_targets(model))
+        names = _default_targets(model, config, saved)
     if not names:
         problems.append(f"target_modules is empty. {_endings(modules)}")
         return []
@@ -257,16 +254,44 @@ def _all_linear(
 def _output_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get else None
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.original_module
     return head.base_layer if isinstance(head, LoraLayer) else head
 
 
-def _default_targets(model: nn.Module) -> tuple[str, ...] | list[str]:
-    """The architecture's usual targets; every linear layer where none are known."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in DEFAULT_TARGETS:
-        return DEFAULT_TARGETS[model_type]
+def _default_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str] | str:
+    """The architecture's usual targets, as far as they are there; every linear layer where none are known."""
     modules = dict(walk(model))
-    return sorted(_all_linear(model, modules, list(modules), LoraConfig()))
+    known = DEFAULT_TARGETS.get(_model_types(model)[0], ())
+    if isinstance(known, str):
+        return known
+    there = [name for name in known if any(_is_or_ends(path, name) for path in modules)]
+    if there:
+        return there
+    linear = _all_linear(model, modules, _outside(modules, saved), config)
+    return sorted(path for path in linear if not _in_table(BYPASSED, model, path))
+
+
+def _outside(modules: dict[str, nn.Module], saved: list[str]) -> list[str]:
+    """The paths that are neither saved whole nor inside a module that is."""
+    inside = tuple(f"{path}." for path in saved)
+    whole = {id(modules[path]) for path in saved}
+    return [
+        path for path in modules if id(modules[path]) not in whole and not path.startswith(inside)
+    ]
+
+
+def _model_types(model: nn.Module) -> list[str]:
+    """The model_type of the model's configuration, then those of its parts (a text and a vision model)."""
+    config = getattr(model, "config", None)
+    parts = vars(config).values() if hasattr(config, "__dict__") else ()
+    return [getattr(c, "model_type", None) or "" for c in (config, *parts)]
+
+
+def _in_table(table: dict[str, tuple[str, ...]], model: nn.Module, path: str) -> str | None:
+    """The model_type under which `table` lists the layer."""
+    ending = path.rpartition(".")[2]
+    return next((t for t in _model_types(model) if ending in table.get(t, ())), None)
 
 
 def _saved_paths(
@@ -322,14 +347,21 @@ def _target(
     kind = kind_of(module, config.fan_in_fan_out, parent)
     if kind is None:
         return None, [_why_no_kind(module)]
+    taken = _in_table(WEIGHT_TAKEN, model, path)
+    if taken:
+        kind = kind._replace(weight_taken=True)
     r = _pattern_value(config.rank_pattern, path, config.r)
     lora_alpha = _pattern_value(config.alpha_pattern, path, config.lora_alpha)
     out, in_ = kind.shape(module)
     reasons = [reason for applies, reason in _REFUSALS if applies(kind, module, config, r)]
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if path.rpartition(".")[2] in BYPASSED.get(model_type or "", ()):
+    bypassed = _in_table(BYPASSED, model, path)
+    if bypassed:
         reasons.append(
-            f"{model_type} passes this layer's weight to a fused kernel and never calls the layer; leave it out."
+            f"{bypassed} passes this layer's weight to a fused kernel and never calls the layer; leave it out."
+        )
+    if taken and config.lora_dropout > 0:
+        reasons.append(
+            f"{taken} computes with this layer's weight, where there is no input to drop from: set lora_dropout=0, or leave it out."
         )
     reasons += _why_never_called(model, path, module)
     if isinstance(r, int) and r < 1:

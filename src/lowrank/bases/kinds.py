@@ -48,11 +48,12 @@ class Kind(NamedTuple):
 
     def __reduce__(self) -> tuple:
         """A copied or pickled layer refers to the same row: functions do not pickle, and rows are compared."""
-        return _row, (self.name,)
+        return _row, (self.name, self.weight_taken)
 
 
-def _row(name: str) -> Kind:
-    return next(kind for kind in (*KINDS, TRANSPOSED, FUSED_LINEAR) if kind.name == name)
+def _row(name: str, weight_taken: bool) -> Kind:
+    row = next(kind for kind in (*KINDS, TRANSPOSED) if kind.name == name)
+    return row if row.weight_taken == weight_taken else row._replace(weight_taken=weight_taken)
 
 
 MATRIX = Layout(
@@ -162,9 +163,6 @@ KINDS: list[Kind] = [
 # With fan_in_fan_out=True, for modules that keep (in, out) and whose type does not say so.
 TRANSPOSED = KINDS[-1]._replace(name="any module with a transposed weight", hold=stores.transposed)
 
-# In torch's TransformerEncoderLayer: called in training, and in eval mode fused with its neighbours.
-FUSED_LINEAR = KINDS[0]._replace(name="linear of an encoder layer", weight_taken=True)
-
 
 def kind_of(
     module: nn.Module, fan_in_fan_out: bool = False, parent: nn.Module | None = None
@@ -180,9 +178,10 @@ def kind_of(
             weight = module._parameters.get(kind.weight)
             if weight is None or weight.ndim < 2 or not weight.is_floating_point():
                 return None
-            if kind is KINDS[0] and isinstance(parent, nn.TransformerEncoderLayer):
-                return FUSED_LINEAR
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                return kind._replace(weight_taken=True)  # in eval mode, fused with its neighbours
             if kind is KINDS[0] and isinstance(parent, nn.MultiheadAttention):
                 return KINDS[-1]  # as its own out_proj, whose forward is never called
-            return TRANSPOSED if fan_in_fan_out and kind is KINDS[-1] and weight.ndim == 2 else kind
+            unknown = kind is KINDS[-1] and weight.ndim == 2 and not isinstance(module, nn.Linear)
+            return TRANSPOSED if fan_in_fan_out and unknown else kind
     return None
