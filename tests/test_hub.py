@@ -147,3 +147,9 @@ def test_without_huggingface_hub_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtraError, match="pip install huggingface_hub"):
         adapter_file("me/adapter", "adapter_config.json")
+
+
+def test_a_word_without_owner_is_not_asked_of_the_hub():
+    """A mistyped folder must not wait for the network's time-outs."""
+    with pytest.raises(AdapterFileError, match=r"adaptr is no folder here, and no hub id \(owner"):
+        adapter_file("adaptr", "adapter_config.json")

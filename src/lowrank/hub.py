@@ -35,11 +35,11 @@ def adapter_file(
         raise AdapterFileError(
             f"{path.parent} has no {filename}. It has: {', '.join(there[:10]) or 'nothing'}."
         )
-    if not REPO_ID.fullmatch(str(name_or_path)):
-        raise AdapterFileError(
-            f"{name_or_path} is no folder here, and no hub id (owner/name) either."
-        )
-    return _download(str(name_or_path), filename, subfolder, required, hub)
+    name = str(name_or_path)
+    # a few old base models have an id without an owner: looked up in the cache, never asked for
+    if not REPO_ID.fullmatch(name) or ("/" not in name and not hub.get("local_files_only")):
+        raise AdapterFileError(f"{name} is no folder here, and no hub id (owner/name) either.")
+    return _download(name, filename, subfolder, required, hub)
 
 
 def _download(
