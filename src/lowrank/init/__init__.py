@@ -25,21 +25,21 @@ Init = Callable[[Callable[[], Tensor], tuple[int, int], int, float], Start]
 def kaiming(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float) -> Start:
     """A uniform in ±1/√in (Kaiming with a = √5, as nn.Linear starts), B zero: Hu et al. 2021's code."""
     out, in_ = shape
-    A = torch.empty(r, in_)
+    A = torch.empty(r, in_, dtype=torch.float32)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    return Start(A, torch.zeros(out, r))
+    return Start(A, _zeros(out, r))
 
 
 def gaussian(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float) -> Start:
     """A normal with standard deviation 1/r, B zero."""
     out, in_ = shape
-    return Start(torch.randn(r, in_) / r, torch.zeros(out, r))
+    return Start(_normal(r, in_) / r, _zeros(out, r))
 
 
 def random(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float) -> Start:
     """A and B both as `kaiming` starts A, so that ΔW ≠ 0: `init_lora_weights=False`, for tests."""
     out, in_ = shape
-    A, B = torch.empty(r, in_), torch.empty(out, r)
+    A, B = (torch.empty(shape, dtype=torch.float32) for shape in ((r, in_), (out, r)))
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     nn.init.kaiming_uniform_(B, a=math.sqrt(5))
     return Start(A, B)
@@ -52,16 +52,24 @@ def orthogonal(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scali
     scale PEFT uses). r must be even, which plan() checks.
     """
     out, in_ = shape
-    Q = torch.linalg.qr(torch.randn(r, r)).Q
-    A = (torch.randn(in_, r // 2) @ Q[0::2]).T / 10
-    B = (torch.randn(out, r // 2) @ Q[1::2]) / 10
+    Q = torch.linalg.qr(_normal(r, r)).Q
+    A = (_normal(in_, r // 2) @ Q[0::2]).T / 10
+    B = (_normal(out, r // 2) @ Q[1::2]) / 10
     return Start(A.contiguous(), B)
 
 
 def embedding(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float) -> Start:
     """A zero, B standard normal: how embeddings start (loralib, PEFT)."""
     out, in_ = shape
-    return Start(torch.zeros(r, in_), torch.randn(out, r))
+    return Start(_zeros(r, in_), _normal(out, r))
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32)
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32)
 
 
 INITS: dict[bool | str, Init] = {
