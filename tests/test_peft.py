@@ -304,6 +304,19 @@ def test_several_active_adapters_train_together():
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
+def test_an_adapter_named_twice_acts_once():
+    model = two_adapters()
+    truth = logits(by_formula(model, ["default", "other"]))
+    model.set_adapter(["default", "other", "default"])
+    assert model.active_adapters == ["default", "other"]
+    torch.testing.assert_close(logits(model), truth, atol=1e-5, rtol=1e-5)
+    model.merge_adapter(["default", "default", "other"])
+    torch.testing.assert_close(logits(model), truth, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    merged = model.merge_and_unload(adapter_names=["other", "default", "other"])
+    torch.testing.assert_close(logits(merged), truth, atol=1e-5, rtol=1e-5)
+
+
 def test_unknown_and_unusable_names_are_errors():
     model = adapted(llama())
     for act in (model.set_adapter, model.delete_adapter):
@@ -693,8 +706,9 @@ def test_training_an_adapter_loaded_for_inference_is_refused(tmp_path, checkpoin
         loaded.activation_checkpointing_enable()
         loaded.enable_input_require_grads()
     loaded.train()
-    with pytest.raises(NotTrainableError, match="is_trainable=True"):
-        loaded(input_ids=IDS, labels=IDS)
+    for _ in range(2):
+        with pytest.raises(NotTrainableError, match="is_trainable=True"):
+            loaded(input_ids=IDS, labels=IDS)
     with torch.no_grad():
         loaded(input_ids=IDS)
     loaded.set_adapter("default")
@@ -714,6 +728,22 @@ def test_training_an_adapter_with_biases_loaded_for_inference_is_refused(tmp_pat
         loaded(input_ids=IDS, labels=IDS)
     again = PeftModel.from_pretrained(gpt2(), tmp_path, is_trainable=True)
     assert trainable(again) == trainable(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_while_everything_is_merged_is_refused(checkpointing):
+    """No gradient reaches an adapter that is in the base weight: the loss would stay where it is."""
+    model = adapted(llama())
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model.merge_adapter()
+    model.train()
+    with pytest.raises(NotTrainableError, match="unmerge_adapter"):
+        model(input_ids=IDS, labels=IDS)
+    with torch.no_grad():
+        model(input_ids=IDS)
+    model.unmerge_adapter()
+    model(input_ids=IDS, labels=IDS).loss.backward()
 
 
 def test_the_refusal_is_asked_again_after_set_adapter(tmp_path):

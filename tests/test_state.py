@@ -488,6 +488,23 @@ def test_an_unchanged_vocabulary_is_not_saved(on_disk):
     assert all("lora_" in key for key in state_of(adapted(llama())))
 
 
+def test_an_unchanged_vocabulary_of_a_model_of_several_parts_is_not_saved():
+    """Its size is in the configuration of the language model within."""
+    config = transformers.LlavaConfig(
+        text_config=llama().config,
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            image_size=8, patch_size=4,
+        ),
+        image_token_index=92,
+    )  # fmt: skip
+    base = transformers.LlavaForConditionalGeneration(config)
+    model = adapted(base, target_modules=["language_model.layers.0.self_attn.q_proj"])
+    assert all("lora_" in key for key in state_of(model))
+    model.resize_token_embeddings(NEW)
+    assert [key for key in state_of(model) if "lora_" not in key]
+
+
 def test_embeddings_are_saved_or_not_on_demand(on_disk):
     model = adapted(resize(on_disk(False)))
     assert f"{PREFIX}lm_head.weight" in state_of(model)

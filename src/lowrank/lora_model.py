@@ -64,7 +64,7 @@ class LoraModel(nn.Module):
 
         Raises AdapterNameError for an unknown name. A merge is undone first, with a warning in the log.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         self.check_known(names)
         if any(getattr(module, "merged", False) for _, module in wrappers(self.model)):
             logger.warning("set_adapter(%r) undoes the merge that was in place.", adapter_name)
@@ -165,8 +165,9 @@ def inject_adapter_in_model(
             "inject_adapter_in_model(state_dict=…) is not supported yet; name the layers in target_modules."
         )
     config = add_to_model(model, peft_config, adapter_name, True, low_cpu_mem_usage)
-    model.peft_config = {**getattr(model, "peft_config", {}), adapter_name: config}
-    _activate(model, model.peft_config, [adapter_name], config.inference_mode)
+    configs: dict[str, LoraConfig] = {**getattr(model, "peft_config", {}), adapter_name: config}
+    model.peft_config = configs  # type: ignore[assignment]
+    _activate(model, configs, [adapter_name], config.inference_mode)
     return model
 
 
@@ -246,5 +247,6 @@ def checkpoints_activations(model: nn.Module) -> bool:
 
 def let_gradients_in(model: nn.Module) -> None:
     """With checkpointing and a frozen base, the first block's input must require a gradient to pass any back."""
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
+    enable = getattr(model, "enable_input_require_grads", None)
+    if enable is not None:
+        enable()

@@ -30,9 +30,14 @@ from lowrank.lora_model import (
     checkpoints_activations,
     let_gradients_in,
 )
-from lowrank.state import LoadResult, get_peft_model_state_dict, set_peft_model_state_dict
+from lowrank.state import (
+    LoadResult,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+    vocab_size,
+)
 from lowrank.unload import unload
-from lowrank.wrappers import adapter_names, wrappers
+from lowrank.wrappers import adapter_names, merged_parameters, wrappers
 
 
 class PeftModel(nn.Module):
@@ -58,7 +63,7 @@ class PeftModel(nn.Module):
             )
         self.base_model = LoraModel(model)
         self.run_settings: dict[str, Any] = {}
-        self.initial_vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+        self.initial_vocab_size = vocab_size(model)
         self._check_trainable = False
         config = add_to_model(
             model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
@@ -81,13 +86,22 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         _refuse_adapter_names(kwargs)
         if self._check_trainable and self.training and torch.is_grad_enabled():
+            self._refuse_idle_training()
             self._check_trainable = False
-            if not any(parameter.requires_grad for parameter in self.parameters()):
-                raise NotTrainableError(
-                    f"Nothing in this model can be trained: adapter {self.active_adapter!r} was loaded for inference. "
-                    "Load it with is_trainable=True, or set_adapter() it; for dropout at inference, use torch.no_grad()."
-                )
         return self.base_model(*args, **kwargs)
+
+    def _refuse_idle_training(self) -> None:
+        """With activation checkpointing a backward pass runs even if it reaches no parameter."""
+        trainable = {id(p) for p in self.parameters() if p.requires_grad}
+        if not trainable:
+            raise NotTrainableError(
+                f"Nothing in this model can be trained: adapter {self.active_adapter!r} was loaded for inference. "
+                "Load it with is_trainable=True, or set_adapter() it; for dropout at inference, use torch.no_grad()."
+            )
+        if trainable <= merged_parameters(self):
+            raise NotTrainableError(
+                "All that can be trained is merged into the base, where no gradient reaches it: unmerge_adapter() first."
+            )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters."""

@@ -147,14 +147,17 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
 
 def _vocabulary_changed(model: nn.Module, config: LoraConfig | None) -> bool:
     """Whether the model's vocabulary differs in size from that of the base on disk or in the hub's cache."""
-    now = _vocab_size(getattr(model, "config", None))
+    now = vocab_size(model)
     before = getattr(model, "initial_vocab_size", now)
-    name = getattr(config, "base_model_name_or_path", None)
-    if now is None or name is None:
+    if now is None or config is None or config.base_model_name_or_path is None:
         return now != before
     try:
         path = adapter_file(
-            name, "config.json", required=False, local_files_only=True, revision=config.revision
+            config.base_model_name_or_path,
+            "config.json",
+            required=False,
+            local_files_only=True,
+            revision=config.revision,
         )
     except (AdapterFileError, ImportError):
         path = None
@@ -165,9 +168,9 @@ def _vocabulary_changed(model: nn.Module, config: LoraConfig | None) -> bool:
     return now != before or now != on_disk
 
 
-def _vocab_size(config: Any) -> int | None:
-    if config is None:
-        return None
+def vocab_size(model: nn.Module) -> int | None:
+    """The size of the vocabulary in the configuration of a model, or of the language model in it."""
+    config: Any = getattr(model, "config", None)
     text = getattr(config, "get_text_config", None)
     return getattr(text() if text else config, "vocab_size", None)
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from lowrank.wrappers import lora_layers, wrappers
 
 def merge_all(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
     """Merges the adapters (None: the active ones) in every layer. Raises MergeError with the base untouched."""
-    names = None if adapter_names is None else list(adapter_names)
+    names = None if adapter_names is None else [*dict.fromkeys(adapter_names)]
     _check_mergeable(model, names)
     before = [(layer, list(layer.merged_adapters)) for _, layer in lora_layers(model)]
     try:
@@ -55,7 +56,7 @@ def unload(
     Where the input and output embeddings were tied and now differ, config.tie_word_embeddings is set to
     False. Raises MergeError if the architecture computes something else without the tie.
     """
-    names = None if adapter_names is None else list(adapter_names)
+    names = None if adapter_names is None else [*dict.fromkeys(adapter_names)]
     tied = _tied_pair(model)
     if merge:
         _check_mergeable(model, names)
@@ -81,7 +82,9 @@ def _merge_for_good(model: nn.Module, names: list[str] | None) -> None:
         try:
             layer.merge(adapter_names=names)
         except MergeError as error:
-            advice = " The layers before it are merged: load the base again, or use safe_merge=True."
+            advice = (
+                " The layers before it are merged: load the base again, or use safe_merge=True."
+            )
             raise MergeError(f"{path}: {error}{advice if done else ''}") from error
         layer.forget_unmerged()
 
@@ -112,7 +115,7 @@ def _check_mergeable(model: nn.Module, names: list[str] | None) -> None:
 # --- tied embeddings ------------------------------------------------------------------------------
 
 
-def _tied_pair(model: nn.Module) -> set[int]:
+def _tied_pair(model: Any) -> set[int]:
     """The ids of the input and output embeddings, if the configuration ties them and they share one tensor.
 
     Adapters are seen through: of a saved module the original counts, of a merged layer the unmerged weight.
@@ -145,7 +148,7 @@ def _originals_running(model: nn.Module) -> Iterator[None]:
             wrapper.enable_adapters(not disabled)
 
 
-def _storage(module: nn.Module) -> int:
+def _storage(module: Any) -> int:
     if isinstance(module, ModulesToSaveWrapper):
         module = module.original_module
     weight = module.unmerged_weight() if isinstance(module, LoraLayer) else module.weight
@@ -169,7 +172,7 @@ def _forward_reads_tie(model: nn.Module) -> bool:
     return "config.tie_word_embeddings" in inspect.getsource(type(model).forward)
 
 
-def _untie_the_rest(model: nn.Module) -> None:
+def _untie_the_rest(model: Any) -> None:
     """Says in the configuration that nothing is tied, and makes it so.
 
     transformers drops from a saved file every tensor that its class could tie, and without the tie it

@@ -41,6 +41,16 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{path}.{key}" if path else key, parameter
 
 
+def merged_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters of adapters that are merged at present."""
+    return {
+        id(parameter)
+        for _, layer in lora_layers(model)
+        for name in layer.merged_adapters
+        for parameter in layer.adapter_parameters(name).values()
+    }
+
+
 def freeze_base(model: nn.Module) -> None:
     """Freezes every parameter that belongs to no adapter."""
     ours = {id(parameter) for _, parameter in adapter_parameters(model)}
