@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module, adapter_name: str) -> dict[str, Any]:
             if W.device.type == "meta":
                 return {}
             weights[_base_path(path)] = {"shape": list(W.shape), "sample": _encode(_sample(W))}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     return {
         "architecture": type(base).__name__,
         "model_type": getattr(getattr(base, "config", None), "model_type", None),
@@ -63,12 +63,11 @@ def check_base(
         saved, {**here, "weights": {path: W for path, W in weights if path not in brought}}
     )
     if found:
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = getattr(model, "peft_config", {}).get(adapter_name)
         name = getattr(config, "base_model_name_or_path", None) or "its name was not saved"
         rest = f"\n  … and {len(found) - 5} more" if len(found) > 5 else ""
         raise BaseMismatchError(
-            f"{where} was trained on another base ({saved['architecture']}) than this {type(base).__name__}:\n  "
+            f"{where} was trained on another base ({saved['architecture']}) than this {type(_base(model)).__name__}:\n  "
             + "\n  ".join(found[:5])
             + rest
             + f"\nLoad the base that it was trained on ({name}), or pass check_base=False to use it here all the same."
@@ -129,6 +128,10 @@ def _encode(sample: Tensor) -> str:
 
 def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).float()
+
+
+def _base(model: Any) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _base_path(path: str) -> str:

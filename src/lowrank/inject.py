@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,9 +36,11 @@ def inject(
     freeze_base(model)
     references = _references(model)
     for path in saved:
-        _wrap(references, _find(model, path), ModulesToSaveWrapper).add_adapter(name)
+        wrapper: Any = _wrap(references, _find(model, path), ModulesToSaveWrapper)
+        wrapper.add_adapter(name)
     for target in targets:
-        layer = _wrap(references, _find(model, target.path), partial(LoraLayer, kind=target.kind))
+        place = _find(model, target.path)
+        layer: Any = _wrap(references, place, partial(LoraLayer, kind=target.kind))
         low = layer.base_layer._parameters[layer.kind.weight].dtype in (
             torch.float16,
             torch.bfloat16,
