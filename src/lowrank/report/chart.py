@@ -59,7 +59,7 @@ def loss_chart(curves: Sequence[Curve], y_label: str = "loss, nats per token") -
             )
         axes.set_xlabel("optimiser steps")
         axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.5, alpha=0.25, color=INK)
         if len(curves) > 1 or curves[0].name:

@@ -39,7 +39,7 @@ def verification(v: Verification) -> RenderableType:
     if wrong:
         table = _table("wrong tensors", "of ΔW", "what is wrong")
         for check in wrong:
-            table.add_row(check.name, number(check.present, ".2f"), check.problem)
+            table.add_row(check.name, number(check.present, "z.2f"), check.problem)
         parts += ["", table]
     if v.outputs is not None:
         parts += ["", _output_table(v.outputs)]
