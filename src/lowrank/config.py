@@ -177,6 +177,7 @@ class PeftConfig:
         """
         hub = {key: kwargs.pop(key) for key in HUB_KEYWORDS if key in kwargs}
         path = adapter_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        assert path is not None  # without required=False it is there, or was an error
         values = cls.from_json_file(path)
         return cls.from_dict({**values, **kwargs}, ignore_unknown=ignore_unknown)
 
@@ -261,10 +262,8 @@ class LoraConfig(PeftConfig):
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, a sentence each; empty if nothing is."""
         found = []
-        defaults = {
-            f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-            for f in dataclasses.fields(self)
-        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        defaults["loftq_config"] = {}  # the only one of them that is made by a factory
         for name, why in _REFUSED.items():
             if getattr(self, name) not in (defaults[name], None):
                 found.append(f"{name}={getattr(self, name)!r}: {why}.")
@@ -275,11 +274,14 @@ class LoraConfig(PeftConfig):
         wrong_types = self._type_problems()
         if wrong_types:
             return found + wrong_types
-        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
+        ranks: dict[str, Any] = {
+            "r": self.r,
+            **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()},
+        }
         for name, value in ranks.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 found.append(f"{name}={value!r} must be a whole number of at least 1.")
-        alphas = {
+        alphas: dict[str, Any] = {
             "lora_alpha": self.lora_alpha,
             **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
         }

@@ -127,7 +127,7 @@ class LoraLayer(nn.Module):
         if name in self.r:
             raise AdapterNameError(f"This layer already has an adapter named {name!r}.")
         layout = self.kind.layout
-        weight = self.base_layer._parameters[self.kind.weight]
+        weight = self.base_layer.get_parameter(self.kind.weight)
         shape = self.kind.shape(self.base_layer)
         device = torch.device("meta") if meta else weight.device
         dtype = dtype or weight.dtype
@@ -190,10 +190,13 @@ class LoraLayer(nn.Module):
         if self.kind.layout is EMBEDDING:
             A, B, bias = self.lora_embedding_A[name], self.lora_embedding_B[name], None
         else:
-            A, B, bias = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_B[name].bias
+            down: Any = self.lora_A[name]
+            up: Any = self.lora_B[name]
+            A, B, bias = down.weight, up.weight, up.bias
         magnitude = None
         if name in self.lora_magnitude_vector:
-            magnitude = self.lora_magnitude_vector[name].weight.reshape(-1)
+            factor: Any = self.lora_magnitude_vector[name]
+            magnitude = factor.weight.reshape(-1)
         r = self.r[name]
         return Lora(A.reshape(r, -1), B.reshape(-1, r), self.scaling[name], magnitude, bias)
 
@@ -343,8 +346,8 @@ class LoraLayer(nn.Module):
         ]
         if biases:
             bias = getattr(self.base_layer, self.kind.bias)
-            total = sum(biases) if bias is None else bias + sum(biases)
-            found[self.kind.bias] = total.to(W.dtype)
+            start = torch.zeros_like(biases[0]) if bias is None else bias
+            found[self.kind.bias] = sum(biases, start).to(W.dtype)
         return found
 
     # --- merge ------------------------------------------------------------------------------------
@@ -389,10 +392,10 @@ class LoraLayer(nn.Module):
             if self._unmerged is None:
                 self._unmerged = (store.snapshot(), bias)
             store.write(merged)
-            if biases:
-                value = (bias.float() + sum(biases)).to(bias.dtype)
+            if bias is not None and biases:
+                wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
                 base._parameters[self.kind.bias] = nn.Parameter(
-                    value, requires_grad=bias.requires_grad
+                    sum(biases, wide).to(bias.dtype), requires_grad=bias.requires_grad
                 )
         self.merged_adapters = names
 

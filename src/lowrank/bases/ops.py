@@ -5,7 +5,7 @@ B·A. `down` also applies LoRA's dropout, which acts on the layer's input.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +17,27 @@ from lowrank.kernels.low_rank_add import low_rank_add
 
 class Op(NamedTuple):
     # base layer, x, A (r, in), dropout -> h
-    down: Callable[[nn.Module, Tensor, Tensor, nn.Module], Tensor]
+    down: Callable[[Any, Tensor, Tensor, nn.Module], Tensor]
     # base layer, h, B (out, r) -> y
-    up: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    up: Callable[[Any, Tensor, Tensor], Tensor]
     # base layer -> which dimension of y is `out`: bias and magnitude follow it
-    channel: Callable[[nn.Module], int]
+    channel: Callable[[Any], int]
     floating: bool  # whether x is floating point, and so sets the dtype of the product
     # y, h, B, scaling -> y + scaling·up(h, B) in one step, where there is a faster way
     up_onto: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
 
 
-def _linear_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
+def _linear_down(base: Any, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
     if type(dropout) is nn.Dropout and dropout.training and 0 < dropout.p < 1:
         return dropout_linear(x, A, dropout.p)
     return F.linear(dropout(x), A)
 
 
-def _linear_up(base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+def _linear_up(base: Any, h: Tensor, B: Tensor) -> Tensor:
     return F.linear(h, B)
 
 
-def _lookup_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
+def _lookup_down(base: Any, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
     h = F.embedding(x, A.T, padding_idx=base.padding_idx)
     if isinstance(dropout, nn.Identity):
         return h
@@ -45,13 +45,13 @@ def _lookup_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module) -> T
     return h * dropout(torch.ones_like(h[..., :1]))
 
 
-def _lookup_up(base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+def _lookup_up(base: Any, h: Tensor, B: Tensor) -> Tensor:
     y = F.linear(h, B)
     scale = getattr(base, "embed_scale", None)  # Gemma 3 scales its embeddings in forward
     return y if scale is None else y * torch.as_tensor(scale).to(y)
 
 
-def _convolution_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
+def _convolution_down(base: Any, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
     kernel = A.reshape(A.shape[0], *base.weight.shape[1:])
     if base.groups > 1:  # each group of the input meets all of A
         kernel = kernel.repeat(base.groups, *[1] * (kernel.ndim - 1))
@@ -59,17 +59,17 @@ def _convolution_down(base: nn.Module, x: Tensor, A: Tensor, dropout: nn.Module)
     return base._conv_forward(dropout(x), kernel, None)  # (batch, groups·r, *positions)
 
 
-def _convolution_up(base: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+def _convolution_up(base: Any, h: Tensor, B: Tensor) -> Tensor:
     positions = base.weight.ndim - 2
     convolution = (F.conv1d, F.conv2d, F.conv3d)[positions - 1]
     return convolution(h, B.reshape(*B.shape, *[1] * positions), groups=base.groups)
 
 
-def _last(base: nn.Module) -> int:
+def _last(base: Any) -> int:
     return -1
 
 
-def _before_positions(base: nn.Module) -> int:
+def _before_positions(base: Any) -> int:
     return 1 - base.weight.ndim  # from the end: a convolution also takes an input without a batch
 
 

@@ -1,7 +1,7 @@
 """How a module holds its weight. Whatever the module's own layout, W is seen as (out, in)."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -20,13 +20,13 @@ class Store(Protocol):
     def write(self, W: Tensor) -> None:
         """Stores W (out, in), rounded to the stored dtype. What `snapshot` returned stays as it was."""
 
-    def snapshot(self) -> object:
+    def snapshot(self) -> Any:
         """What is stored now, to be given back to `restore`. It must not be written to."""
 
-    def read_snapshot(self, saved: object) -> Tensor:
+    def read_snapshot(self, saved: Any) -> Tensor:
         """What `read` would have returned when the snapshot was taken."""
 
-    def restore(self, saved: object) -> None:
+    def restore(self, saved: Any) -> None:
         """Puts a snapshot back: every bit is as it was."""
 
 
@@ -51,18 +51,18 @@ class ParameterStore:
         self.to_matrix, self.from_matrix = to_matrix, from_matrix
 
     def read(self) -> Tensor:
-        return self.to_matrix(self.module._parameters[self.name])
+        return self.to_matrix(self.module.get_parameter(self.name))
 
     def shaped(self, W: Tensor) -> Tensor:
-        return self.from_matrix(W, self.module._parameters[self.name])
+        return self.from_matrix(W, self.module.get_parameter(self.name))
 
     def write(self, W: Tensor) -> None:
-        old = self.module._parameters[self.name]
+        old = self.module.get_parameter(self.name)
         new = self.shaped(W.detach()).to(old.dtype).contiguous()
         self.module._parameters[self.name] = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def snapshot(self) -> nn.Parameter:
-        return self.module._parameters[self.name]
+        return self.module.get_parameter(self.name)
 
     def read_snapshot(self, saved: nn.Parameter) -> Tensor:
         return self.to_matrix(saved)
