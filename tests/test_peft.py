@@ -3,10 +3,13 @@
 import copy
 import io
 import pickle
+import tempfile
 
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import (
     IDS,
     bert,
@@ -109,6 +112,45 @@ def test_a_new_adapter_changes_nothing(case):
     model = get_peft_model(build(), LoraConfig(r=3, lora_alpha=5, **options))
     tolerance = {"atol": 1e-6, "rtol": 1e-6} if options.get("use_dora") else {"atol": 0, "rtol": 0}
     torch.testing.assert_close(logits(model), logits(build()), **tolerance)
+
+
+@settings(max_examples=25)
+@given(
+    targets=st.sets(
+        st.sampled_from(["q_proj", "v_proj", "o_proj", "up_proj", "embed_tokens", "lm_head"]),
+        min_size=1,
+    ),
+    r=st.integers(1, 6),
+    lora_alpha=st.floats(0.5, 20),
+    use_dora=st.booleans(),
+    use_rslora=st.booleans(),
+    tied=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_whatever_the_adapter_it_merges_unmerges_saves_and_loads(
+    targets, r, lora_alpha, use_dora, use_rslora, tied, dtype
+):
+    def build():
+        return llama(tied=tied, layers=1, dtype=dtype)
+
+    options = {"r": r, "lora_alpha": lora_alpha, "use_dora": use_dora, "use_rslora": use_rslora}
+    model = adapted(build(), target_modules=sorted(targets), **options)
+    before, found = bits(model), logits(model)
+    if dtype == torch.float64:
+        truth = logits(model_by_formula(model, build()))
+        torch.testing.assert_close(found, truth, atol=1e-4, rtol=1e-4)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(build(), folder)
+    assert same_bits(bits(loaded), before)
+    torch.testing.assert_close(logits(loaded), found, atol=0, rtol=0)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert same_bits(bits(model), before)
+    merged = logits(model.merge_and_unload())
+    tolerance = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.2}[dtype]
+    scale = found.abs().max().item() + 1
+    torch.testing.assert_close(merged, found, atol=tolerance * scale, rtol=0)
 
 
 def test_gradients_are_those_of_the_formula_and_reach_nothing_else():
