@@ -96,6 +96,7 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         config = LoraConfig(**settings.lora)
         targets = lowrank.plan(model, config)
         model = lowrank.get_peft_model(model, config)
+        model.run_settings = saved_with_adapter(settings)
     trainable, total = count_trainable(model), sum(p.numel() for p in model.parameters())
     print(f" {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})\n")
     clear(folder, keep_checkpoints=checkpoint is not None)
@@ -115,6 +116,12 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         data.tokenizer.save_pretrained(folder)
     after, skill_after = measure(model, settings, data)
     return Result(targets, training, before, after, skill_before, skill_after)
+
+
+def saved_with_adapter(settings: RunSettings) -> dict[str, Any]:
+    """How it was trained, for the adapter's metadata; without names of files, which may be private."""
+    private = ("model.", "output.", "lora.", "data.train", "data.eval", "data.base_skill")
+    return {name: value for name, value, _ in settings.listing() if not name.startswith(private)}
 
 
 def measure(
