@@ -7,6 +7,7 @@ import pytest
 import text
 import torch
 
+from lowrank import read_adapter
 from lowrank.cli import main
 
 NUMBERS = [
@@ -66,6 +67,14 @@ def test_run_json(trained, folder):
     assert record["skill_before"] > 0
     assert {"torch", "transformers", "python"} <= set(record["versions"])
     assert record["file_bytes"] == (trained / "adapter_model.safetensors").stat().st_size
+
+
+def test_the_adapter_says_how_it_was_trained_and_names_no_file(trained, folder):
+    metadata = read_adapter(trained).metadata
+    assert metadata["run"]["train.learning_rate"] == 1e-2
+    assert metadata["run"]["data.max_length"] == 64
+    assert metadata["base"]["weights"]
+    assert str(folder) not in json.dumps(metadata)
 
 
 def test_evaluate_gives_the_loss_that_training_ended_with(trained, folder, capsys):
