@@ -511,3 +511,23 @@ def assert_rounded_once(found: Tensor, expected: Tensor, dtype: torch.dtype) -> 
     half_ulp = torch.finfo(dtype).eps / 2 * expected.abs()
     float32_sum = 1e-6 * expected.abs().max()
     assert ((found.double() - expected).abs() <= half_ulp + float32_sum).all()
+
+
+@pytest.mark.parametrize(
+    "scale", [math.sqrt(768), torch.tensor(math.sqrt(768))], ids=["float", "tensor"]
+)
+def test_the_scale_of_a_bfloat16_embedding_is_the_layers_own(scale):
+    """BART's is a float, which bfloat16 must not round (27.7 to 27.75); Gemma's a tensor that the layer rounds."""
+    cls = BartScaledWordEmbedding if isinstance(scale, float) else Gemma3TextScaledWordEmbedding
+    layer = cls(50, 40, 0, embed_scale=float(scale)).bfloat16()
+    case = embedding(layer, float(scale))
+    holder = adapted(case, "lora", torch.bfloat16)
+    nn.init.zeros_(layer.weight)
+    for _, parameter in adapter_parameters(holder):
+        parameter.data = parameter.data.bfloat16().float()
+    tokens = torch.arange(50)
+    want = exact(case, the_layer(holder), "lora").W.T[tokens].detach()
+    y = holder.layer(tokens).double()
+    ratio = ((y * want).sum() / want.square().sum()).item()
+    expected = float(scale) if isinstance(scale, float) else float(scale.bfloat16())
+    assert ratio == pytest.approx(expected, rel=4e-4)

@@ -48,7 +48,9 @@ def _lookup_down(base: Any, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
 def _lookup_up(base: Any, h: Tensor, B: Tensor) -> Tensor:
     y = F.linear(h, B)
     scale = getattr(base, "embed_scale", None)  # Gemma 3 scales its embeddings in forward
-    return y if scale is None else y * torch.as_tensor(scale).to(y)
+    if isinstance(scale, Tensor):  # which the layer rounds to its dtype
+        scale = scale.to(y)
+    return y if scale is None else y * scale
 
 
 def _convolution_down(base: Any, x: Tensor, A: Tensor, dropout: nn.Module) -> Tensor:
