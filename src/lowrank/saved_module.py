@@ -32,7 +32,8 @@ class ModulesToSaveWrapper(nn.Module):
             if (
                 "original_module" not in modules
                 or "modules_to_save" not in modules
-                or name.startswith("_")
+                # torch's TransformerEncoderLayer asks its attention for this one
+                or (name.startswith("_") and name != "_qkv_same_embed_dim")
             ):
                 raise
             return getattr(self.running_module, name)
