@@ -289,6 +289,11 @@ def test_modules_to_save_that_match_nothing():
     assert text == "modules_to_save: 'haed' matches no module. Did you mean 'head'?"
 
 
+def test_a_list_of_modules_cannot_be_saved_whole():
+    text = refusal(Net(), target_modules=["head"], modules_to_save=["layers"])
+    assert text == "modules_to_save: layers: ModuleList only holds others; name those in it."
+
+
 def test_a_module_is_adapted_or_saved_whole():
     text = refusal(Net(), target_modules=["q_proj", "head"], modules_to_save=["head"])
     assert "'head' is in modules_to_save too" in text

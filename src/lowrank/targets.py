@@ -311,6 +311,8 @@ def _saved_paths(
     outermost = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
     for path in outermost:
         reasons = _why_never_called(model, path, modules[path])
+        if type(modules[path]).forward is nn.Module.forward:  # ModuleList, ModuleDict
+            reasons.append(f"{type(modules[path]).__name__} only holds others; name those in it.")
         problems += [f"modules_to_save: {path}: {reason}" for reason in reasons]
     adapted = {
         path
