@@ -155,6 +155,18 @@ def test_a_merge_that_overflows_in_the_middle_is_taken_back(merge):
     assert not any(getattr(module, "merged", False) for module in model.modules())
 
 
+def test_a_bias_that_overflows_is_not_merged():
+    model = adapted(gpt2(dtype=torch.float16), target_modules=["c_attn"], lora_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "h.1" in name and name.endswith("lora_B.default.bias"):
+                parameter.fill_(6e4)
+    before = bits(model)
+    with pytest.raises(MergeError, match=r"h\.1\.attn\.c_attn.*NaN or infinity"):
+        model.merge_adapter()
+    assert same_bits(bits(model), before)
+
+
 def test_a_failed_merge_leaves_an_earlier_one_in_place():
     model = adapted(llama())
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))

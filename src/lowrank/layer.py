@@ -379,23 +379,27 @@ class LoraLayer(nn.Module):
             merged = (W.to(accumulation) + sum(weight_change(W, lora) for lora in loras)).to(
                 W.dtype
             )
-            if not torch.isfinite(merged).all():
-                raise MergeError(
-                    f"Merging {names} gives NaN or infinity in {W.dtype}; this layer is as it was."
-                )
             biases = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
             bias = self._unmerged[1] if self._unmerged else getattr(base, self.kind.bias, None)
             if biases and bias is None:
                 raise MergeError(
                     f"Adapters {names} have a bias (lora_bias=True) and the base layer has none to add it to."
                 )
+            merged_bias: Tensor | None = None
+            if bias is not None and biases:
+                wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
+                merged_bias = sum(biases, wide).to(bias.dtype)
+            for tensor in (merged, merged_bias):
+                if tensor is not None and not torch.isfinite(tensor).all():
+                    raise MergeError(
+                        f"Merging {names} gives NaN or infinity in {tensor.dtype}; this layer is as it was."
+                    )
             if self._unmerged is None:
                 self._unmerged = (store.snapshot(), bias)
             store.write(merged)
-            if bias is not None and biases:
-                wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
+            if bias is not None and merged_bias is not None:
                 base._parameters[self.kind.bias] = nn.Parameter(
-                    sum(biases, wide).to(bias.dtype), requires_grad=bias.requires_grad
+                    merged_bias, requires_grad=bias.requires_grad
                 )
         self.merged_adapters = names
 
