@@ -1,7 +1,5 @@
 """What is known of single architectures: the default targets are there, and are PEFT's where it has some."""
 
-import math
-
 import pytest
 import torch
 import transformers
@@ -9,7 +7,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lowrank.architectures import BYPASSED, DEFAULT_TARGETS, WEIGHT_TAKEN
+from lowrank.architectures import BYPASSED, DEFAULT_TARGETS
 from lowrank.config import LoraConfig
 from lowrank.errors import TargetError
 from lowrank.inject import inject
@@ -272,15 +270,22 @@ def test_dropout_is_refused_where_the_weight_is_taken():
     assert plan(model, LoraConfig(target_modules=["intermediate_dense"], lora_dropout=0.1))
 
 
-def test_a_part_of_a_composite_model_is_known_too():
-    """The text model inside a vision-language model has its own model_type."""
+def test_each_part_of_a_composite_model_is_known_by_its_own_name():
+    """The text model inside a vision-language model has its own model_type, and so has the vision tower."""
     text = transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])
-    model = nn.Module()
-    model.config = transformers.PretrainedConfig()
-    model.config.text_config = text
+    model, tower = nn.Module(), nn.Module()
+    model.config, tower.config = transformers.PretrainedConfig(), transformers.SiglipVisionConfig()
     with torch.device("meta"):
         model.language_model = transformers.Lfm2Model(text)
-    [target] = plan(model, LoraConfig(target_modules=r".*\.conv\.conv"))
-    assert target.kind.weight_taken
-    assert "conv" in WEIGHT_TAKEN["lfm2"]
-    assert math.prod((target.out, target.in_)) == 16 * text.conv_L_cache
+        tower.conv = nn.Conv1d(3, 4, 5)
+        tower.out_proj = nn.Linear(3, 4)
+    model.tower = tower
+    found = plan(model, LoraConfig(target_modules=["conv.conv", "tower.conv"]))
+    assert {t.path: t.kind.weight_taken for t in found} == {
+        "language_model.layers.0.conv.conv": True,
+        "tower.conv": False,
+    }
+    text.model_type = "mamba"  # whose out_proj is refused
+    with pytest.raises(TargetError, match="mamba passes") as caught:
+        plan(model, LoraConfig(target_modules=["out_proj"]))
+    assert "tower" not in str(caught.value)

@@ -58,8 +58,7 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
             reason = "saved whole by another adapter (modules_to_save); a module is either adapted or saved whole."
             refused.setdefault(reason, []).append(path)
             continue
-        parent = modules.get(path.rpartition(".")[0], model)
-        target, why_not = _target(model, path, module, parent, config)
+        target, why_not = _target(model, modules, path, config)
         for reason in why_not:
             refused.setdefault(reason, []).append(path)
         if target:
@@ -262,14 +261,14 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 def _default_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str] | str:
     """The architecture's usual targets, as far as they are there; every linear layer where none are known."""
     modules = dict(walk(model))
-    known = DEFAULT_TARGETS.get(_model_types(model)[0], ())
+    known = DEFAULT_TARGETS.get(_model_type(model), ())
     if isinstance(known, str):
         return known
     there = [name for name in known if any(_is_or_ends(path, name) for path in modules)]
     if there:
         return there
     linear = _all_linear(model, modules, _outside(modules, saved), config)
-    return sorted(path for path in linear if not _in_table(BYPASSED, model, path))
+    return sorted(path for path in linear if not _listed_under(BYPASSED, model, modules, path))
 
 
 def _outside(modules: dict[str, nn.Module], saved: list[str]) -> list[str]:
@@ -281,17 +280,22 @@ def _outside(modules: dict[str, nn.Module], saved: list[str]) -> list[str]:
     ]
 
 
-def _model_types(model: nn.Module) -> list[str]:
-    """The model_type of the model's configuration, then those of its parts (a text and a vision model)."""
-    config = getattr(model, "config", None)
-    parts = vars(config).values() if hasattr(config, "__dict__") else ()
-    return [getattr(c, "model_type", None) or "" for c in (config, *parts)]
+def _model_type(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "model_type", None) or ""
 
 
-def _in_table(table: dict[str, tuple[str, ...]], model: nn.Module, path: str) -> str | None:
-    """The model_type under which `table` lists the layer."""
-    ending = path.rpartition(".")[2]
-    return next((t for t in _model_types(model) if ending in table.get(t, ())), None)
+def _listed_under(
+    table: dict[str, tuple[str, ...]], model: nn.Module, modules: dict[str, nn.Module], path: str
+) -> str:
+    """The model_type under which `table` lists the layer, or an empty text.
+
+    It is that of the nearest module around the layer that has one: in a composite model each part has its own.
+    """
+    around, _, ending = path.rpartition(".")
+    while around and not _model_type(modules[around]):
+        around = around.rpartition(".")[0]
+    model_type = _model_type(modules[around] if around else model)
+    return model_type if ending in table.get(model_type, ()) else ""
 
 
 def _saved_paths(
@@ -344,19 +348,21 @@ def _lora_paths(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, LoraL
 
 
 def _target(
-    model: nn.Module, path: str, module: nn.Module, parent: nn.Module, config: LoraConfig
+    model: nn.Module, modules: dict[str, nn.Module], path: str, config: LoraConfig
 ) -> tuple[Target | None, list[str]]:
+    module = modules[path]
+    parent = modules.get(path.rpartition(".")[0], model)
     kind = kind_of(module, config.fan_in_fan_out, parent)
     if kind is None:
         return None, [_why_no_kind(module)]
-    taken = _in_table(WEIGHT_TAKEN, model, path)
+    taken = _listed_under(WEIGHT_TAKEN, model, modules, path)
     if taken:
         kind = kind._replace(weight_taken=True)
     r = _pattern_value(config.rank_pattern, path, config.r)
     lora_alpha = _pattern_value(config.alpha_pattern, path, config.lora_alpha)
     out, in_ = kind.shape(module)
     reasons = [reason for applies, reason in _REFUSALS if applies(kind, module, config, r)]
-    bypassed = _in_table(BYPASSED, model, path)
+    bypassed = _listed_under(BYPASSED, model, modules, path)
     if bypassed:
         reasons.append(
             f"{bypassed} passes this layer's weight to a fused kernel and never calls the layer; leave it out."
