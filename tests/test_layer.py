@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from models import AttentionNet, ConvNet, Net
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -134,6 +135,49 @@ def test_dropout_drops_entries_of_x_and_doubles_the_others():
         model.eval()
         expected = x.double() @ (W + 5 / 3 * B @ A).T + layer.base_layer.bias
         torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_with_dora_acts_on_the_low_rank_path_alone():
+    """y = c·(W·x + s·B·A·dropout(x)) + b, c = m / ‖W + s·B·A‖: the base's own W·x is not dropped from."""
+    model = adapt(nn.Sequential(nn.Linear(20, 7)), "0", lora_dropout=0.5, use_dora=True).train()
+    layer, x = only(model), torch.randn(6, 20)
+    lora, W = layer.lora("default"), layer.base_layer.weight
+    with torch.no_grad():
+        torch.manual_seed(5)
+        y = model(x)
+        torch.manual_seed(5)
+        dropped = F.dropout(x, 0.5)
+        c = lora.magnitude / (W + 5 / 3 * lora.B @ lora.A).norm(dim=1)
+        expected = c * (x @ W.T + 5 / 3 * dropped @ lora.A.T @ lora.B.T) + layer.base_layer.bias
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv", "attention"])
+def test_activation_checkpointing_gives_the_same_gradients(kind):
+    layer, x = {
+        "linear": (nn.Linear(7, 5), torch.randn(4, 7)),
+        "embedding": (nn.Embedding(7, 5), torch.tensor([3, 1, 6])),
+        "conv": (nn.Conv1d(7, 5, 2), torch.randn(2, 7, 4)),
+        "attention": (nn.MultiheadAttention(6, 2), torch.randn(3, 2, 6)),
+    }[kind]
+    names = ["layer", "out_proj"] if kind == "attention" else ["layer"]
+    dropout = 0.0 if kind == "attention" else 0.5
+    model = adapt(nn.ModuleDict({"layer": layer}), *names, lora_dropout=dropout)
+    for _, wrapped in lora_layers(model):
+        wrapped.set_requires_grad("default")
+
+    def run(x: Tensor) -> Tensor:
+        return model["layer"](x, x, x)[0] if kind == "attention" else model["layer"](x)
+
+    grads = []
+    for call in (run, lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)):
+        torch.manual_seed(3)
+        call(x).square().sum().backward()
+        grads.append([p.grad.clone() for _, p in adapter_parameters(model)])
+        model.zero_grad()
+    assert all(g.any() for g in grads[0])
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_dropout_of_an_embedding_drops_whole_tokens():
