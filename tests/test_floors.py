@@ -24,6 +24,8 @@ ROWS: list[tuple[int, str]] = [
     (0, "config"),
     (1, "kernels"),
     (2, "bases init"),
+    (3, "routing"),
+    (3, "mixed_batch"),
     (3, "architectures adapter_file saved_module layer"),
     (3, "wrappers targets"),
     (4, "inject state fingerprint expected"),

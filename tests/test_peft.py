@@ -600,11 +600,8 @@ def test_the_names_that_trainers_ask_for_answer_as_the_base_does():
     assert not base.is_activation_checkpointing
 
 
-def test_adapters_per_row_are_refused():
+def test_without_adapter_names_the_active_adapters_act_on_all_rows():
     model = adapted(llama())
-    for call in (model, model.generate):
-        with pytest.raises(ConfigError, match="several adapters in one batch"):
-            call(input_ids=IDS, adapter_names=["default"] * 3)
     torch.testing.assert_close(
         model(input_ids=IDS, adapter_names=None).logits, logits(model), atol=0, rtol=0
     )

@@ -33,6 +33,7 @@ _PUBLIC = {
     "plan": "targets",
     "prepare_model_for_kbit_training": "lora_model",
     "read_adapter": "adapter_file",
+    "rows": "lora_model",
     "set_peft_model_state_dict": "state",
     "write_adapter": "adapter_file",
 }
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         LoraModel,
         inject_adapter_in_model,
         prepare_model_for_kbit_training,
+        rows,
     )
     from lowrank.peft import (
         PeftModel,

@@ -40,6 +40,10 @@ class AdapterNameError(LowrankError, ValueError):
     """An adapter's name is taken, unknown or unusable."""
 
 
+class RowsError(LowrankError, ValueError):
+    """adapter_names does not go with the batch, the adapters or a layer."""
+
+
 class MergeError(LowrankError, ValueError):
     """A merge that cannot be done, or would not be finite. Unless the text says so, the base is untouched."""
 

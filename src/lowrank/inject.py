@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank.errors import AdapterNameError
 from lowrank.layer import LoraLayer
+from lowrank.routing import Routing
 from lowrank.saved_module import ModulesToSaveWrapper
 from lowrank.targets import Target
 from lowrank.wrappers import Wrapper, adapter_names, base_biases, freeze_base, wrappers
@@ -35,12 +36,15 @@ def inject(
     check_name(model, name)
     freeze_base(model)
     references = _references(model)
+    routing = next((module.routing for _, module in wrappers(model)), Routing())
     for path in saved:
-        wrapper: Any = _wrap(references, _find(model, path), ModulesToSaveWrapper)
+        make_saved = partial(ModulesToSaveWrapper, routing=routing)
+        wrapper: Any = _wrap(references, _find(model, path), make_saved)
         wrapper.add_adapter(name)
     for target in targets:
         place = _find(model, target.path)
-        layer: Any = _wrap(references, place, partial(LoraLayer, kind=target.kind))
+        make_layer = partial(LoraLayer, kind=target.kind, routing=routing)
+        layer: Any = _wrap(references, place, make_layer)
         low = layer.base_layer._parameters[layer.kind.weight].dtype in (
             torch.float16,
             torch.bfloat16,

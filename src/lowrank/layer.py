@@ -14,6 +14,8 @@ from lowrank.bases.kinds import EMBEDDING, Kind
 from lowrank.errors import AdapterNameError, MergeError, ShapeError
 from lowrank.init import EMBEDDING_INITS, INITS
 from lowrank.lora import Lora, check_shapes, initial_magnitude, merged_weight_norm, weight_change
+from lowrank.mixed_batch import mixed_forward
+from lowrank.routing import Routing
 
 
 class Factor(nn.Module):
@@ -43,10 +45,11 @@ class LoraLayer(nn.Module):
         "lora_magnitude_vector",
     )
 
-    def __init__(self, base_layer: nn.Module, kind: Kind):
+    def __init__(self, base_layer: nn.Module, kind: Kind, routing: Routing | None = None):
         super().__init__()
         self.base_layer = base_layer
         self.kind = kind
+        self.routing = routing or Routing()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -299,6 +302,8 @@ class LoraLayer(nn.Module):
     # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.routing.names is not None:
+            return mixed_forward(self, *args, **kwargs)
         names = self._live()
         if not names:
             return self.base_layer(*args, **kwargs)
@@ -307,10 +312,10 @@ class LoraLayer(nn.Module):
         y = base_output = self.base_layer(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear calls it `input`
         for name in names:
-            y = self._add_output_change(name, x, base_output, y)
+            y = self.add_output_change(name, x, base_output, y)
         return y
 
-    def _add_output_change(self, name: str, x: Tensor, base_output: Tensor, y: Tensor) -> Tensor:
+    def add_output_change(self, name: str, x: Tensor, base_output: Tensor, y: Tensor) -> Tensor:
         """`y` and what the adapter adds to the base layer's output, in y's dtype."""
         op, lora, base = self.kind.op, self.lora(name), self.base_layer
         assert op is not None

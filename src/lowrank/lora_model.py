@@ -1,18 +1,20 @@
 """Adapters in a whole model: adding one, and `LoraModel`, which acts on all of its layers at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.config import LoraConfig
-from lowrank.errors import AdapterNameError, ConfigError, MergeError, did_you_mean
+from lowrank.errors import AdapterNameError, ConfigError, MergeError, RowsError, did_you_mean
 from lowrank.inject import check_name, inject
 from lowrank.log import logger
+from lowrank.routing import BASE
 from lowrank.targets import plan, resolved, saved_modules
 from lowrank.unload import merge_all, unload, unmerge_all
-from lowrank.wrappers import base_biases, freeze_base, lora_layers, wrappers
+from lowrank.wrappers import adapter_names, base_biases, freeze_base, lora_layers, wrappers
 
 
 class LoraModel(nn.Module):
@@ -150,6 +152,35 @@ class LoraModel(nn.Module):
                     f"There is no adapter named {name!r}; there are: {', '.join(self.peft_config) or 'none'}."
                     + did_you_mean(name, self.peft_config)
                 )
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Inside, row i of every batch goes through adapter names[i] (`"__base__"`: through none).
+
+    Whatever happens inside, afterwards the active adapters act on all rows again. Raises RowsError for an
+    unknown name, and while an adapter is merged or the adapters are disabled.
+    """
+    known = adapter_names(model)
+    unknown = sorted({name for name in names if name != BASE and name not in known})
+    if unknown:
+        raise RowsError(
+            f"adapter_names has {unknown}; there are: {', '.join(known)}, and {BASE!r} for none."
+            + did_you_mean(unknown[0], [*known, BASE])
+        )
+    found = [module for _, module in wrappers(model)]
+    if any(getattr(module, "merged", False) for module in found):
+        raise RowsError(
+            "adapter_names=… while an adapter is merged into all rows: unmerge_adapter() first."
+        )
+    if any(module.disable_adapters for module in found):
+        raise RowsError(
+            "adapter_names=… while the adapters are disabled: enable_adapter_layers() first."
+        )
+    if not found or not names:
+        raise RowsError("adapter_names=… needs a model with adapters, and a name for each row.")
+    with found[0].routing.route(names):
+        yield
 
 
 def inject_adapter_in_model(

@@ -21,6 +21,7 @@ from lowrank.errors import (
     ConfigError,
     MissingExtraError,
     NotTrainableError,
+    RowsError,
 )
 from lowrank.fingerprint import check_base, fingerprint
 from lowrank.inject import eject
@@ -29,6 +30,7 @@ from lowrank.lora_model import (
     add_to_model,
     checkpoints_activations,
     let_gradients_in,
+    rows,
 )
 from lowrank.state import (
     LoadResult,
@@ -83,12 +85,15 @@ class PeftModel(nn.Module):
 
     # --- running ----------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        _refuse_adapter_names(kwargs)
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward. adapter_names: for each row of the batch, the adapter it goes through."""
         if self._check_trainable and self.training and torch.is_grad_enabled():
             self._refuse_idle_training()
             self._check_trainable = False
-        return self.base_model(*args, **kwargs)
+        if adapter_names is None:
+            return self.base_model(*args, **kwargs)
+        with self._rows(adapter_names, args, kwargs):
+            return self.base_model(*args, **kwargs)
 
     def _refuse_idle_training(self) -> None:
         """With activation checkpointing a backward pass runs even if it reaches no parameter."""
@@ -103,11 +108,25 @@ class PeftModel(nn.Module):
                 "All that can be trained is merged into the base, where no gradient reaches it: unmerge_adapter() first."
             )
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, with the active adapters."""
-        _refuse_adapter_names(kwargs)
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's `generate`, with the active adapters, or for each row with its own."""
         base: Any = self.get_base_model()
-        return base.generate(*args, **kwargs)
+        if adapter_names is None:
+            return base.generate(*args, **kwargs)
+        with self._rows(adapter_names, args, kwargs):
+            return base.generate(*args, **kwargs)
+
+    @contextmanager
+    def _rows(self, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+        tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
+        if tensors and tensors[0].shape[0] != len(names):
+            raise RowsError(
+                f"adapter_names has {len(names)} names for a batch of {tensors[0].shape[0]} rows."
+            )
+        with rows(self, names):
+            yield
 
     def train(self, mode: bool = True) -> "PeftModel":
         super().train(mode)
@@ -477,11 +496,4 @@ def _check_scaling(saved: LoraConfig, here: LoraConfig, name: str, where: Any) -
         raise AdapterMismatchError(
             f"{where} was saved with {found}: its tensors would mean something else in adapter {name!r}. Load it under "
             f"another name, or delete_adapter({name!r}) first."
-        )
-
-
-def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("adapter_names", None) is not None:
-        raise ConfigError(
-            "adapter_names=… (several adapters in one batch) is not supported yet; use set_adapter()."
         )

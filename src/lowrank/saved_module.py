@@ -4,9 +4,11 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank.errors import AdapterNameError
+from lowrank.errors import AdapterNameError, RowsError
+from lowrank.mixed_batch import repeated
+from lowrank.routing import Routing, groups
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -17,8 +19,9 @@ class ModulesToSaveWrapper(nn.Module):
 
     adapter_layer_names = ("modules_to_save",)
 
-    def __init__(self, original_module: nn.Module):
+    def __init__(self, original_module: nn.Module, routing: Routing | None = None):
         super().__init__()
+        self.routing = routing or Routing()
         self.original_module = original_module.requires_grad_(False)
         self.modules_to_save = nn.ModuleDict()
         self._active: list[str] = []
@@ -110,4 +113,21 @@ class ModulesToSaveWrapper(nn.Module):
         self._disabled = not enabled
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.routing.names is not None and not self._disabled:
+            return self._mixed_forward(*args, **kwargs)
         return self.running_module(*args, **kwargs)
+
+    def _mixed_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Each row through its own adapter's copy, or through the original if that has none."""
+        names = self.routing.names or ()
+        y = self.original_module(x, *args, **kwargs)
+        for name, rows in groups(names).items():
+            if name in self.modules_to_save:
+                if args or kwargs or not isinstance(y, Tensor):
+                    raise RowsError(
+                        f"A {type(self.original_module).__name__} in modules_to_save takes or gives more than one "
+                        "tensor, which adapter_names=… cannot split into rows. Run the adapters one after another."
+                    )
+                chosen = repeated(rows, x, len(names), type(self.original_module).__name__)
+                y = y.index_copy(0, chosen, self.modules_to_save[name](x[chosen]))
+        return y
