@@ -38,9 +38,14 @@ def build(library, args: argparse.Namespace) -> torch.nn.Module:
     )
     model = LlamaForCausalLM(config).to(getattr(torch, args.dtype)).to(args.device).eval()
     if library is None:
-        return model
-    settings = dict(r=args.r, lora_alpha=2 * args.r, target_modules=args.targets, init_lora_weights=False)
-    wrapped = library.get_peft_model(model, library.LoraConfig(**settings), "a0", autocast_adapter_dtype=False)
+        # frozen like the others: torch multiplies a frozen weight along another path (prefill's last position)
+        return model.requires_grad_(False)
+    settings = dict(
+        r=args.r, lora_alpha=2 * args.r, target_modules=args.targets, init_lora_weights=False
+    )
+    wrapped = library.get_peft_model(
+        model, library.LoraConfig(**settings), "a0", autocast_adapter_dtype=False
+    )
     for i in range(1, args.adapters):
         wrapped.add_adapter(f"a{i}", library.LoraConfig(**settings), autocast_adapter_dtype=False)
     if library is peft:
@@ -84,7 +89,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help=f"of {', '.join(TARGETS)}")
+    parser.add_argument(
+        "--targets", nargs="+", default=["q_proj", "v_proj"], help=f"of {', '.join(TARGETS)}"
+    )
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--steps", type=int, default=16, help="tokens that are decoded")
     parser.add_argument("--repeats", type=int, default=7)
@@ -124,10 +131,21 @@ def main() -> None:
             if i:
                 seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, lowrank)}
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    print(f"{device}; {', '.join(f'{k} {v}' for k, v in versions.items())}; commit {found.stdout.strip()}")
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    print(
+        f"{device}; {', '.join(f'{k} {v}' for k, v in versions.items())}; commit {found.stdout.strip()}"
+    )
     print(
         f"{args.rows} rows, {args.adapters} adapters of r={args.r} on {', '.join(args.targets)}; width {args.hidden}, "
         f"{args.layers} layers, {args.dtype}; {args.steps} tokens after {args.prompt}"
@@ -135,10 +153,18 @@ def main() -> None:
     print(f"a mixed row differs from its adapter alone by at most {agreement:.1e}\n")
     for name, value in median.items():
         spread = max(seconds[name]) / min(seconds[name])
-        print(f"{name:26}{value * 1e3:9.1f} ms   × base {value / median['base alone']:6.2f}   (slowest / fastest {spread:.2f})")
+        print(
+            f"{name:26}{value * 1e3:9.1f} ms   × base {value / median['base alone']:6.2f}   (slowest / fastest {spread:.2f})"
+        )
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
-        result = dict(settings=settings, machine=device, versions=versions, commit=found.stdout.strip(), seconds=seconds)
+        result = dict(
+            settings=settings,
+            machine=device,
+            versions=versions,
+            commit=found.stdout.strip(),
+            seconds=seconds,
+        )
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
