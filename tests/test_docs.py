@@ -37,9 +37,7 @@ def test_every_block_of_the_page_runs(page, tmp_path):
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
         )
-        assert done.returncode == 0, (
-            f"{command[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-        )
+        assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
 
 
 def commands(page: Path, folder: Path) -> Iterator[list[str]]:
