@@ -40,9 +40,12 @@ def build(library, args: argparse.Namespace) -> torch.nn.Module:
     if library is None:
         # frozen like the others: torch multiplies a frozen weight along another path (prefill's last position)
         return model.requires_grad_(False)
-    settings = dict(
-        r=args.r, lora_alpha=2 * args.r, target_modules=args.targets, init_lora_weights=False
-    )
+    settings: dict = {
+        "r": args.r,
+        "lora_alpha": 2 * args.r,
+        "target_modules": args.targets,
+        "init_lora_weights": False,
+    }
     wrapped = library.get_peft_model(
         model, library.LoraConfig(**settings), "a0", autocast_adapter_dtype=False
     )
@@ -158,13 +161,13 @@ def main() -> None:
         )
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
-        result = dict(
-            settings=settings,
-            machine=device,
-            versions=versions,
-            commit=found.stdout.strip(),
-            seconds=seconds,
-        )
+        result = {
+            "settings": settings,
+            "machine": device,
+            "versions": versions,
+            "commit": found.stdout.strip(),
+            "seconds": seconds,
+        }
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -21,7 +21,7 @@ DOCS = PACKAGE.parents[1] / "docs" / "architecture.md"
 ROWS: list[tuple[int, str]] = [
     (0, "errors files log"),
     (0, "hub lora"),
-    (0, "config"),
+    (0, "config task_arithmetic"),
     (1, "kernels"),
     (2, "bases init"),
     (3, "routing"),
@@ -29,7 +29,7 @@ ROWS: list[tuple[int, str]] = [
     (3, "architectures adapter_file saved_module layer"),
     (3, "wrappers targets"),
     (4, "inject state fingerprint expected"),
-    (4, "unload"),
+    (4, "combine unload"),
     (5, "card compat embedded lora_model model_folder"),
     (5, "peft"),
     (5, "merge"),

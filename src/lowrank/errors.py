@@ -48,6 +48,10 @@ class MergeError(LowrankError, ValueError):
     """A merge that cannot be done, or would not be finite. Unless the text says so, the base is untouched."""
 
 
+class CombineError(LowrankError, ValueError):
+    """Adapters that cannot be combined, or not by that method. Nothing was written or changed."""
+
+
 class NotTrainableError(LowrankError, RuntimeError):
     """A training step on a model in which nothing can be trained."""
 

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from lowrank import __version__
 from lowrank.adapter_file import Adapter, read_tensors, write_adapter
 from lowrank.card import write_card
+from lowrank.combine import combine
 from lowrank.config import LoraConfig, PeftConfig, TaskType
 from lowrank.errors import (
     AdapterMismatchError,
     AdapterNameError,
+    CombineError,
     ConfigError,
     MissingExtraError,
     NotTrainableError,
     RowsError,
 )
 from lowrank.fingerprint import check_base, fingerprint
-from lowrank.inject import eject
+from lowrank.inject import check_name, eject
 from lowrank.lora_model import (
     LoraModel,
     add_to_model,
@@ -34,6 +36,7 @@ from lowrank.lora_model import (
 )
 from lowrank.state import (
     LoadResult,
+    adapter_keys,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
     vocab_size,
@@ -185,6 +188,72 @@ class PeftModel(nn.Module):
         self.base_model.add_adapter(
             adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage
         )
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int = 0,
+    ) -> None:
+        """A new adapter, not active, made of others: `lowrank.combine.combine` under PEFT's names.
+
+        "linear" is Σ wᵢ·ΔWᵢ exactly, for any ranks; PEFT's arithmetic on A and B is "linear_factors".
+        svd_full_matrices and svd_driver choose how PEFT computes its SVD and change nothing here.
+        Raises AdapterNameError if the name is taken or an adapter unknown; CombineError for what cannot be
+        combined. The model is then as it was.
+        """
+        del svd_full_matrices, svd_driver
+        if svd_clamp is not None:
+            raise CombineError(
+                f"svd_clamp={svd_clamp!r} would cut off the factors' largest entries, and with them the best "
+                "approximation; leave it out."
+            )
+        check_name(self.get_base_model(), adapter_name)
+        self.base_model.check_known(adapters)
+        tensors = [
+            get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
+            for name in adapters
+        ]
+        with torch.no_grad():
+            combined = combine(
+                [
+                    Adapter(self.peft_config[n], t, {})
+                    for n, t in zip(adapters, tensors, strict=True)
+                ],
+                weights,
+                combination_type,
+                svd_rank=svd_rank,
+                density=density,
+                majority_sign_method=majority_sign_method,
+                seed=seed,
+                check_base=False,
+                names=[f"adapter {name!r}" for name in adapters],
+            )
+        known = {module for _, module in wrappers(self)}
+        self.add_adapter(adapter_name, combined.config, low_cpu_mem_usage=True)
+        try:
+            # the other adapters in the model decide whether a path leads through a base_layer
+            keys = {
+                key.replace(".base_layer.", "."): key for key in adapter_keys(self, adapter_name)
+            }
+            found = {
+                keys.get(key.replace(".base_layer.", "."), key): tensor
+                for key, tensor in combined.tensors.items()
+            }
+            set_peft_model_state_dict(self, found, adapter_name)
+        except Exception:
+            self.delete_adapter(adapter_name)
+            eject(self.get_base_model(), keep=known)
+            raise
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, act and (without `inference_mode`) trainable."""

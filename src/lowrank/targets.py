@@ -358,8 +358,8 @@ def _target(
     taken = _listed_under(WEIGHT_TAKEN, model, modules, path)
     if taken:
         kind = kind._replace(weight_taken=True)
-    r = _pattern_value(config.rank_pattern, path, config.r)
-    lora_alpha = _pattern_value(config.alpha_pattern, path, config.lora_alpha)
+    r = pattern_value(config.rank_pattern, path, config.r)
+    lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
     out, in_ = kind.shape(module)
     reasons = [reason for applies, reason in _REFUSALS if applies(kind, module, config, r)]
     bypassed = _listed_under(BYPASSED, model, modules, path)
@@ -480,7 +480,7 @@ def _fullmatch(pattern: str, path: str, what: str, problems: list[str]) -> bool:
         return False
 
 
-def _pattern_value(pattern: dict, path: str, default):
+def pattern_value(pattern: dict, path: str, default):
     """The value of the first key that is the path, a suffix of it, or a regular expression for one."""
     return next((value for key, value in pattern.items() if _key_matches(key, path)), default)
 

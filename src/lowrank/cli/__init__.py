@@ -30,6 +30,8 @@ COMMANDS = {
     "generate": "answer a prompt, with or without an adapter",
     "merge": "write base + adapter as one model folder that transformers loads",
     "verify": "prove that a merged folder is the same function as base + adapter",
+    "combine": "make one adapter of several; no model is read",
+    "resize": "give an adapter another rank; no model is read",
 }
 
 
