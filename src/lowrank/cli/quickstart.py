@@ -118,7 +118,7 @@ def train_both(folder: Path) -> dict[str, dict[str, Any]]:
     """Both trainings, each alone in a process with one thread; side by side where there are two cores."""
     side_by_side = _cores() > 1
     how = "side by side" if side_by_side else "one after the other"
-    head("train", f"LoRA and, to compare, every weight: same rows, steps, rate; {how}")
+    head("train", f"LoRA, and every weight: same rows, steps and rate; {how}")
     waiting = list(RUNS)
     running: dict[str, subprocess.Popen] = {}
     progress = Progress(folder)
