@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,9 @@ def answer(folder: Path) -> None:
         opened = open_model(path, device="cpu")
         said[name] = answer_rows(opened.model, opened.tokenizer, rows, max_new_tokens=16)
     for i, row in enumerate(rows):
-        print(f" {asked_text(row)}")
+        print(textwrap.fill(asked_text(row), 79, initial_indent=" ", subsequent_indent=" "))
         for name, text in (("expected", row.answer), *((n, said[n][i]) for n in said)):
-            print(f"   {name:<9} {text}")
+            print(textwrap.fill(f"   {name:<9} {text}", 79, subsequent_indent=" " * 13))
 
 
 def head(name: str, text: str) -> None:
