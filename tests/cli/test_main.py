@@ -44,6 +44,7 @@ def test_version(capsys):
         ),
         (["train"], "model.path is missing"),
         (["train", "none.yaml"], "none.yaml: no such file"),
+        (["train", "rows.jsonl"], "give it as --data rows.jsonl"),
         (["evaluate"], "the following arguments are required: --data"),
         (["plan", "./nothing-here"], "there is no model folder ./nothing-here"),
     ],

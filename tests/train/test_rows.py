@@ -67,10 +67,20 @@ def test_all_bad_lines_of_all_files_come_together(tmp_path):
     assert f"{missing}: no such file" in text
 
 
-def test_a_flood_of_bad_lines_is_counted(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", *[b"{"] * 100)
-    with pytest.raises(DataError, match="… and 80 more"):
+def test_lines_that_share_a_problem_are_named_together(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", *[{"question": "a"}] * 3, GOOD, *[b"[]"] * 90)
+    with pytest.raises(DataError) as caught:
         read_rows([path])
+    head, first, second = str(caught.value).splitlines()
+    assert head == "93 bad lines (1 good)"
+    assert first.startswith(f"  {path}:1, 2, 3: no `messages`")
+    assert second.startswith(f"  {path}:5, 6, 7, 8, 9 and 85 more lines: expected an object")
+
+
+def test_a_flood_of_problems_is_counted(tmp_path):
+    lines = [{f"column {i}": 1} for i in range(100)]
+    with pytest.raises(DataError, match="… and 80 more problems"):
+        read_rows([write_rows(tmp_path / "rows.jsonl", *lines)])
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_error(tmp_path):

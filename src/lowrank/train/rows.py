@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from lowrank.errors import LowrankError
 
-SHOWN = 20  # bad lines listed in one error; the rest are counted
+SHOWN = 20  # problems listed in one error; the rest are counted
+PLACES = 5  # lines named of one problem that many lines share
 
 
 class DataError(LowrankError, ValueError):
@@ -36,10 +37,10 @@ def read_rows(paths: Sequence[str | Path]) -> list[Row]:
     Raises DataError with file and line of every line that is none of these.
     """
     rows: list[Row] = []
-    problems: list[str] = []
+    problems: dict[tuple[str, str], list[str]] = {}  # (file, what is wrong) -> its lines
     for path in map(Path, paths):
         if not path.is_file():
-            problems.append(f"{path}: no such file")
+            problems[str(path), "no such file"] = []
             continue
         found = 0
         for where, line in _lines(path):
@@ -47,9 +48,9 @@ def read_rows(paths: Sequence[str | Path]) -> list[Row]:
             try:
                 rows.append(_row(_object(line), where))
             except BadRow as bad:
-                problems.append(f"{where}: {bad}")
+                problems.setdefault((str(path), str(bad)), []).append(where.rpartition(":")[2])
         if not found:
-            problems.append(f"{path}: no rows; the file is empty")
+            problems[str(path), "no rows; the file is empty"] = []
     if problems:
         raise DataError(_report(problems, good=len(rows)))
     return rows
@@ -131,7 +132,14 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def _report(problems: list[str], good: int) -> str:
-    head = f"{len(problems)} bad {'line' if len(problems) == 1 else 'lines'} ({good} good)"
-    more = [f"  … and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    return "\n".join([head, *(f"  {problem}" for problem in problems[:SHOWN]), *more])
+def _report(problems: dict[tuple[str, str], list[str]], good: int) -> str:
+    """One line a problem; lines of a file that share one are named together."""
+    count = sum(len(lines) or 1 for lines in problems.values())
+    texts = [f"{count} bad {'line' if count == 1 else 'lines'} ({good} good)"]
+    for (path, why), lines in list(problems.items())[:SHOWN]:
+        more = f" and {len(lines) - PLACES} more lines" if len(lines) > PLACES else ""
+        places = ", ".join(lines[:PLACES])
+        texts.append(f"  {path}{':' if lines else ''}{places}{more}: {why}")
+    if len(problems) > SHOWN:
+        texts.append(f"  … and {len(problems) - SHOWN} more problems")
+    return "\n".join(texts)
