@@ -1,6 +1,5 @@
 """A training run from settings: read, load, measure, adapt, train, save, measure again."""
 
-import dataclasses
 import shutil
 from functools import partial
 from pathlib import Path
@@ -97,8 +96,6 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         config = LoraConfig(**settings.lora)
         targets = lowrank.plan(model, config)
         model = lowrank.get_peft_model(model, config)
-        # kept in the adapter's file; the paths of data and folders stay out of it
-        model.run_settings = {"train": dataclasses.asdict(settings.train)}
         model.run_settings = saved_with_adapter(settings)
     trainable, total = count_trainable(model), sum(p.numel() for p in model.parameters())
     print(f" {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})\n")
