@@ -228,7 +228,7 @@ def test_the_names_of_pefts_model_are_there():
         "inject_adapter", "target_module_mapping", "tuner_layer_cls", "get_model_config",
         "prepare_model_for_gradient_checkpointing", "has_active_enabled_adapter",
         # not there yet
-        "add_weighted_adapter", "get_layer_status", "get_model_status",
+        "get_layer_status", "get_model_status",
     }  # fmt: skip
     names = {
         name

@@ -34,10 +34,12 @@ class _DropoutLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, A, mask = ctx.saved_tensors
+        grad = grad * ctx.scale  # on the small (*, r): the mask below then only selects
+        zero = torch.zeros((), dtype=x.dtype, device=x.device)
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.native_dropout_backward(grad @ A, mask, ctx.scale)
+            grad_x = torch.where(mask, grad @ A, zero)
         if ctx.needs_input_grad[1]:
-            dropped = torch.ops.aten.native_dropout_backward(x, mask, ctx.scale)
-            grad_A = grad.reshape(-1, grad.shape[-1]).T @ dropped.reshape(-1, dropped.shape[-1])
+            dropped = torch.where(mask, x, zero).reshape(-1, x.shape[-1])
+            grad_A = grad.reshape(-1, grad.shape[-1]).T @ dropped
         return grad_x, grad_A, None
