@@ -17,7 +17,7 @@ def card(folder, **values):
 def test_the_hub_can_read_its_front_matter(tmp_path):
     found = card(tmp_path, base_model_name_or_path="org/model-1.5")
     assert found.data.base_model == "org/model-1.5"
-    assert found.data.library_name == "peft"
+    assert found.data.to_dict()["library_name"] == "peft"
     assert found.data.tags == ["lora", "lowrank"]
     assert "r=3, lora_alpha=5, on q_proj" in found.text
 
