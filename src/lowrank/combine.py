@@ -18,7 +18,7 @@ from lowrank.errors import BaseMismatchError, CombineError, ShapeError, did_you_
 from lowrank.fingerprint import differences
 from lowrank.log import logger
 from lowrank.lora import Lora, scaling_for
-from lowrank.targets import pattern_value
+from lowrank.matching import pattern_value
 from lowrank.task_arithmetic import METHODS, Combined, Options, Weighted
 
 PREFIX = "base_model.model."

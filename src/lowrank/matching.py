@@ -1,0 +1,345 @@
+"""Which modules of a model the names in a configuration mean. Pure; also on the meta device."""
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from lowrank.architectures import BYPASSED, DEFAULT_TARGETS
+from lowrank.bases.kinds import is_transposed_linear, kind_of
+from lowrank.config import TASK_HEADS, LoraConfig
+from lowrank.errors import did_you_mean, nearest
+from lowrank.layer import LoraLayer
+from lowrank.saved_module import ModulesToSaveWrapper
+
+ALL_LINEAR = "all-linear"
+
+
+def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module below `model` with its path, as if no adapter were there."""
+    for name, child in model._modules.items():
+        if child is None:
+            continue
+        module = child.base_layer if isinstance(child, LoraLayer) else child
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        yield prefix + name, module
+        yield from walk(module, f"{prefix}{name}.")
+
+
+# --- matching -------------------------------------------------------------------------------------
+
+
+def matched(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    config: LoraConfig,
+    saved: list[str],
+    problems: list[str],
+) -> list[str]:
+    """The paths that are targeted; adds what is wrong to `problems`."""
+    candidates = _outside(modules, saved)
+    names = config.target_modules
+    if names is None:
+        names = default_targets(model, config, saved)
+    if not names:
+        problems.append(f"target_modules is empty. {_endings(modules)}")
+        return []
+    if names == ALL_LINEAR:
+        found = _all_linear(model, modules, candidates, config)
+        if not found:
+            problems.append(
+                f'target_modules="all-linear": {type(model).__name__} has no linear layer. {_endings(modules)}'
+            )
+    elif isinstance(names, str):
+        found = [path for path in candidates if _fullmatch(names, path, "target_modules", problems)]
+        if not found:
+            problems.append(
+                f"target_modules={names!r} is a regular expression that no whole path of {type(model).__name__} "
+                f'matches. {_endings(modules)}\nPick from those as a list, or use target_modules="all-linear".'
+            )
+    else:
+        found = _in_layers(_by_name(modules, candidates, names, problems), names, config, problems)
+    return _without_excluded(modules, found, config, problems)
+
+
+def _by_name(
+    modules: dict[str, nn.Module], candidates: list[str], names: list[str], problems: list[str]
+) -> list[str]:
+    unmatched = [name for name in names if not any(_is_or_ends(path, name) for path in candidates)]
+    endings = _adaptable_endings(modules)
+    for name in unmatched:
+        if any(_is_or_ends(path, name) for path in modules):
+            problems.append(
+                f"target_modules: {name!r} is in modules_to_save too; a module is either adapted or saved whole."
+            )
+            continue
+        close = nearest(name.rpartition(".")[2], endings)
+        hint = f"nearest: {', '.join(close)}" if close else _endings(modules)
+        problems.append(f"target_modules: {name!r} matches no module; {hint}")
+    return [path for path in candidates if any(_is_or_ends(path, name) for name in names)]
+
+
+def _in_layers(
+    found: list[str], names: list[str], config: LoraConfig, problems: list[str]
+) -> list[str]:
+    """Those of `found` in the layers that layers_to_transform names; a path given whole is always in."""
+    if config.layers_to_transform is None or config.layers_to_transform == []:
+        return found
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    patterns = config.layers_pattern or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    broken = [pattern for pattern in patterns if _broken(pattern)]
+    if broken:
+        problems.append(
+            f"layers_pattern={broken[0]!r} is not a regular expression: {_broken(broken[0])}."
+        )
+        return []
+    index = {path: _layer_index(path, patterns) for path in found}
+    present = sorted({i for i in index.values() if i is not None})
+    if not present and found:
+        where = f" after {' or '.join(patterns)}" if patterns else ""
+        problems.append(
+            f"layers_to_transform={wanted}: the targeted modules have no layer number{where} in their paths."
+        )
+        return []
+    beyond = [i for i in wanted if i not in present]
+    if beyond and found:
+        problems.append(
+            f"layers_to_transform: {beyond} are not layers of this model; it has {present[0]} to {present[-1]}."
+        )
+    return [path for path in found if path in names or index[path] in wanted]
+
+
+def _layer_index(path: str, patterns: list[str]) -> int | None:
+    for pattern in patterns or [r"[^.]*"]:
+        match = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", path)
+        if match:
+            return int(match[1])
+    match = None if patterns else re.match(r"(\d+)\.", path)
+    return int(match[1]) if match else None
+
+
+def _without_excluded(
+    modules: dict[str, nn.Module], found: list[str], config: LoraConfig, problems: list[str]
+) -> list[str]:
+    exclude = config.exclude_modules
+    if not exclude:
+        return found
+    if isinstance(exclude, str):
+        excluded = {
+            path for path in modules if _fullmatch(exclude, path, "exclude_modules", problems)
+        }
+        if not excluded:
+            problems.append(
+                f"exclude_modules={exclude!r} is a regular expression that no whole path matches."
+            )
+    else:
+        excluded = {path for path in modules if any(_is_or_ends(path, name) for name in exclude)}
+        endings = {path.rpartition(".")[2] for path in modules}
+        for name in exclude:
+            if not any(_is_or_ends(path, name) for path in modules):
+                problems.append(
+                    f"exclude_modules: {name!r} matches no module.{did_you_mean(name, endings)}"
+                )
+    kept = [path for path in found if path not in excluded]
+    if found and not kept:
+        problems.append("exclude_modules leaves nothing of what target_modules matched.")
+    return kept
+
+
+def _all_linear(
+    model: nn.Module, modules: dict[str, nn.Module], candidates: list[str], config: LoraConfig
+) -> list[str]:
+    """The linear layers, without the output head."""
+    heads = {id(head) for head in [_output_head(model)] if head is not None}
+    head_names = TASK_HEADS.get(config.task_type or "", ())
+    return [
+        path
+        for path in candidates
+        if (isinstance(modules[path], nn.Linear) or is_transposed_linear(modules[path]))
+        and id(modules[path]) not in heads
+        and path not in head_names
+    ]
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get else None
+    if isinstance(head, ModulesToSaveWrapper):
+        return head.original_module
+    return head.base_layer if isinstance(head, LoraLayer) else head
+
+
+def default_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str] | str:
+    """The architecture's usual targets, as far as they are there; every linear layer where none are known."""
+    modules = dict(walk(model))
+    known = DEFAULT_TARGETS.get(_model_type(model), ())
+    if isinstance(known, str):
+        return known
+    there = [name for name in known if any(_is_or_ends(path, name) for path in modules)]
+    if there:
+        return there
+    linear = _all_linear(model, modules, _outside(modules, saved), config)
+    return sorted(path for path in linear if not listed_under(BYPASSED, model, modules, path))
+
+
+def _outside(modules: dict[str, nn.Module], saved: list[str]) -> list[str]:
+    """The paths that are neither saved whole nor inside a module that is."""
+    inside = tuple(f"{path}." for path in saved)
+    whole = {id(modules[path]) for path in saved}
+    return [
+        path for path in modules if id(modules[path]) not in whole and not path.startswith(inside)
+    ]
+
+
+def _model_type(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "model_type", None) or ""
+
+
+def listed_under(
+    table: dict[str, tuple[str, ...]], model: nn.Module, modules: dict[str, nn.Module], path: str
+) -> str:
+    """The model_type under which `table` lists the layer, or an empty text.
+
+    It is that of the nearest module around the layer that has one: in a composite model each part has its own.
+    """
+    around, _, ending = path.rpartition(".")
+    while around and not _model_type(modules[around]):
+        around = around.rpartition(".")[0]
+    model_type = _model_type(modules[around] if around else model)
+    return model_type if ending in table.get(model_type, ()) else ""
+
+
+def saved_paths(
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
+) -> tuple[list[str], list[str]]:
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    named = [name for name in config.modules_to_save or [] if name not in heads]
+    problems = []
+    endings = {path.rpartition(".")[2] for path in modules}
+    for name in named:
+        if not any(path.endswith(name) for path in modules):
+            problems.append(
+                f"modules_to_save: {name!r} matches no module.{did_you_mean(name.rpartition('.')[2], endings)}"
+            )
+    # as PEFT, by the last letters and not the last names: "norm" is every path that ends in norm
+    found = [path for path in modules if path.endswith((*named, *heads))]
+    outermost = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    for path in outermost:
+        reasons = why_never_called(model, path, modules[path])
+        if type(modules[path]).forward is nn.Module.forward:  # ModuleList, ModuleDict
+            reasons.append(f"{type(modules[path]).__name__} only holds others; name those in it.")
+        problems += [f"modules_to_save: {path}: {reason}" for reason in reasons]
+    adapted = {
+        path
+        for path, module in _lora_paths(model)
+        if any(path == s or path.startswith(f"{s}.") for s in outermost)
+    }
+    if adapted:
+        problems.append(
+            f"modules_to_save: {some(sorted(adapted))} already has an adapter; a module is either adapted or saved whole."
+        )
+    return outermost, problems
+
+
+def inside_saved_modules(model: nn.Module) -> set[int]:
+    """The ids of the modules that some adapter's copies replace."""
+    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    return {id(m) for wrapper in wrappers for m in wrapper.original_module.modules()}
+
+
+def _lora_paths(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, LoraLayer]]:
+    for name, child in model.named_children():
+        if isinstance(child, LoraLayer):
+            yield prefix + name, child
+            child = child.base_layer
+        yield from _lora_paths(child, f"{prefix}{name}.")
+
+
+def why_never_called(model: nn.Module, path: str, module: nn.Module) -> list[str]:
+    """Encoder-decoders tie the embeddings of both halves to one, `shared`, that no forward calls."""
+    if path.rpartition(".")[2] != "shared" or not isinstance(module, nn.Embedding):
+        return []
+    weight = module._parameters["weight"]
+    runs = [
+        other
+        for other, m in walk(model)
+        if m is not module and isinstance(m, nn.Embedding) and m._parameters["weight"] is weight
+    ]
+    text = f"the model never calls it, it only lends its weight to {', '.join(runs)}; name those."
+    return [text] if runs else []
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def _is_or_ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _broken(pattern: str) -> str:
+    """Why `pattern` is not a regular expression, or an empty text."""
+    try:
+        re.compile(f"({pattern})")
+    except re.error as error:
+        return str(error)
+    return ""
+
+
+def _fullmatch(pattern: str, path: str, what: str, problems: list[str]) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        text = f"{what}={pattern!r} is not a regular expression: {error}. For a module's name, pass a list: [{pattern!r}]."
+        if text not in problems:
+            problems.append(text)
+        return False
+
+
+def pattern_value(pattern: dict, path: str, default):
+    """The value of the first key that is the path, a suffix of it, or a regular expression for one."""
+    return next((value for key, value in pattern.items() if _key_matches(key, path)), default)
+
+
+def _key_matches(key: str, path: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({key})$", path) is not None
+    except re.error:  # which pattern_problems tells
+        return False
+
+
+def pattern_problems(config: LoraConfig, wanted: list[str]) -> list[str]:
+    problems = []
+    for what in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, what):
+            broken = _broken(key)
+            if broken:
+                problems.append(f"{what}: {key!r} is not a regular expression: {broken}.")
+            elif wanted and not any(_key_matches(key, path) for path in wanted):
+                endings = {path.rpartition(".")[2] for path in wanted}
+                problems.append(
+                    f"{what}: {key!r} matches none of the targeted modules.{did_you_mean(key, endings)}"
+                )
+    return problems
+
+
+def _adaptable_endings(modules: dict[str, nn.Module]) -> set[str]:
+    return {
+        path.rpartition(".")[2] for path, module in modules.items() if kind_of(module) is not None
+    }
+
+
+def _endings(modules: dict[str, nn.Module]) -> str:
+    endings = sorted(e for e in _adaptable_endings(modules) if not e.isdigit())
+    return (
+        f"Its layers that can be adapted end in: {', '.join(endings)}."
+        if endings
+        else "It has no layer that can be adapted."
+    )
+
+
+def some(paths: list[str]) -> str:
+    rest = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + rest
