@@ -1,8 +1,8 @@
-"""How long does a training step take, and how much memory, with lowrank and with PEFT?
+"""How long does a training step take, and how much memory, with lowrank, with PEFT, and with PEFT sped up by lowrank?
 
 One step is forward + backward + AdamW on a Llama-shaped model built from a configuration, with LoRA on all
 linear layers. The yardstick is the frozen base alone: forward and the backward that any adapter needs
-(gradients of the activations, none of the weights), without an optimiser. All three alternate in one
+(gradients of the activations, none of the weights), without an optimiser. All of them alternate in one
 process, so that the machine's noise meets them alike. Memory is what the forward pass keeps for the backward
 pass, counted to the byte, and the process's (on CUDA: the device's) peak, taken in a fresh process for each.
 Nothing is timed before lowrank and PEFT, given the same adapter, agree in loss and gradients.
@@ -27,11 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lowrank
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SUBJECTS = ("base", "lowrank", "peft")
+SUBJECTS = ("base", "lowrank", "peft", "speedup")
 
 
 def build(subject: str, args: argparse.Namespace) -> torch.nn.Module:
-    """The model of one subject; all three have the same base weights, both adapters the same values."""
+    """The model of one subject; all have the same base weights, and all adapters the same values."""
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=args.vocabulary,
@@ -63,6 +63,8 @@ def build(subject: str, args: argparse.Namespace) -> torch.nn.Module:
             generator = torch.Generator().manual_seed(len(name) * 1000 + sum(map(ord, name)))
             value = torch.randn(parameter.shape, generator=generator) * 0.02
             parameter.data.copy_(value)
+    if subject == "speedup":
+        lowrank.speedup(model)
     return model.train()
 
 
@@ -129,7 +131,8 @@ def measure_time(args: argparse.Namespace) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {subject: [] for subject in SUBJECTS}
     for i in range(args.warmup + args.repeats):
         inputs = batch(args, i)
-        for subject in SUBJECTS[i % 3 :] + SUBJECTS[: i % 3]:
+        first = i % len(SUBJECTS)
+        for subject in SUBJECTS[first:] + SUBJECTS[:first]:
             synchronise(args)
             start = time.perf_counter()
             step(models[subject], optimisers[subject], inputs)
@@ -257,7 +260,12 @@ def main() -> None:
     print(
         f"{'':22}{'step, median':>14}{'quartiles':>20}{'× base':>9}{'kept':>12}{'× base':>9}{'peak':>12}{'× base':>9}"
     )
-    names = {"base": "frozen base, fwd+bwd", "lowrank": "lowrank", "peft": "PEFT"}
+    names = {
+        "base": "frozen base, fwd+bwd",
+        "lowrank": "lowrank",
+        "peft": "PEFT",
+        "speedup": "PEFT with speedup()",
+    }
     for s in SUBJECTS:
         quartiles = f"{spread[s][0] * 1e3:.1f}–{spread[s][2] * 1e3:.1f} ms"
         print(

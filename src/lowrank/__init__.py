@@ -35,6 +35,8 @@ _PUBLIC = {
     "read_adapter": "adapter_file",
     "rows": "lora_model",
     "set_peft_model_state_dict": "state",
+    "speedup": "peft_speedup",
+    "undo_speedup": "peft_speedup",
     "write_adapter": "adapter_file",
 }
 
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
+    from lowrank.peft_speedup import speedup, undo_speedup
     from lowrank.state import get_peft_model_state_dict, set_peft_model_state_dict
     from lowrank.targets import Target, plan
 

@@ -56,6 +56,10 @@ class NotTrainableError(LowrankError, RuntimeError):
     """A training step on a model in which nothing can be trained."""
 
 
+class NotPeftError(LowrankError, TypeError):
+    """`speedup` was given something else than a model with LoRA layers of the installed PEFT."""
+
+
 class MissingExtraError(LowrankError, ImportError):
     """An optional package is needed; the text has the line that installs it."""
 
