@@ -1,6 +1,6 @@
 """The class that `lowrank.speedup` gives to PEFT's linear layers. Importing it imports PEFT."""
 
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ class FasterLinear(Linear):
         y = self.base_layer(x)
         assert LINEAR.up_onto is not None
         for name in names:
-            A, B = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(y.dtype)
-            h = LINEAR.down(self.base_layer, x, A, self.lora_dropout[name])
-            y = LINEAR.up_onto(y, h.to(y.dtype), B, self.scaling[name])
+            A, B = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
+            h = LINEAR.down(self.base_layer, x, A.weight.to(x.dtype), self.lora_dropout[name])
+            y = LINEAR.up_onto(y, h.to(y.dtype), B.weight.to(y.dtype), self.scaling[name])
         return y
 
     def _is_plain(self, name: str) -> bool:

@@ -60,7 +60,7 @@ def undo_speedup(model: nn.Module) -> None:
     """Gives the layers back to PEFT's forward."""
     for _, layer in _lora_layers(model):
         if type(layer).__name__ == "FasterLinear":
-            layer.__class__ = type(layer).__bases__[0]  # type: ignore[assignment]
+            layer.__class__ = type(layer).__bases__[0]
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
