@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,17 +12,15 @@ from torch import Tensor
 
 from lowrank import __version__
 from lowrank.adapter_file import Adapter
+from lowrank.adapter_layers import LORA_KEY, PREFIX, pattern_of, read_layers
 from lowrank.config import LoraConfig
 from lowrank.errors import BaseMismatchError, CombineError, ShapeError, did_you_mean, listed
 from lowrank.fingerprint import differences
 from lowrank.log import logger
-from lowrank.lora import Lora, scaling_for
-from lowrank.matching import pattern_value
+from lowrank.lora import Lora
 from lowrank.task_arithmetic import METHODS, Combined, Options, Weighted
 
-PREFIX = "base_model.model."
 SIGN_METHODS = ("total", "frequency")
-_KEY = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?")
 # start values whose adapter belongs to a base that they have changed
 _CHANGE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 # what the result has of its own, or what does not bear on the tensors' meaning; all else must agree
@@ -314,42 +311,13 @@ def _common_base(
 
 def _layers(adapter: Adapter, name: str) -> dict[str, _Layer]:
     """By the path of each adapted module in the base: its factors as matrices, and its own scaling."""
-    config = adapter.config
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in adapter.tensors.items():
-        match = _KEY.fullmatch(key)
-        if match:
-            path = match[1].removeprefix(PREFIX).replace(".base_layer.", ".")
-            part = match[2] + (".bias" if match[3] == "bias" else "")
-            parts.setdefault(path, {})[part] = tensor
-    found, problems = {}, []
-    for path, tensors in parts.items():
-        embedding = "lora_embedding_A" in tensors or "lora_embedding_B" in tensors
-        word = "lora_embedding_" if embedding else "lora_"
-        A, B = tensors.get(f"{word}A"), tensors.get(f"{word}B")
-        if A is None or B is None:
-            problems.append(f"{name}: {path} has only one of A and B.")
-            continue
-        r = A.shape[0]
-        told = pattern_value(config.rank_pattern, path, config.r)
-        if B.ndim < 2 or A.ndim < 2 or B[0].numel() != r or told != r:
-            problems.append(
-                f"{name}: {path} has A {tuple(A.shape)} and B {tuple(B.shape)}, its configuration rank {told}."
-            )
-            continue
-        if not (A.isfinite().all() and B.isfinite().all()):
-            problems.append(f"{name}: {path} is not finite.")
-            continue
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        lora = Lora(
-            A=A.detach().flatten(1),
-            B=B.detach().flatten(1),
-            scaling=scaling_for(alpha, r, config.use_rslora),
-            bias=tensors.get("lora_B.bias"),
-        )
-        found[path] = _Layer(lora, tuple(A.shape), tuple(B.shape), embedding)
+    layers, _, problems = read_layers(adapter)
     if problems:
-        raise CombineError(listed(problems))
+        raise CombineError(listed([f"{name}: {problem}" for problem in problems]))
+    found = {}
+    for path, (A, B, _, _, bias, embedding) in layers.items():
+        lora = Lora(A.flatten(1), B.flatten(1), layers[path].scaling, bias=bias)
+        found[path] = _Layer(lora, tuple(A.shape), tuple(B.shape), embedding)
     return found
 
 
@@ -388,7 +356,7 @@ def _saved_tensors(
     adapted = {f"{PREFIX}{path}.weight" for path in paths}
     for adapter, name in zip(adapters, names, strict=True):
         for key, tensor in adapter.tensors.items():
-            if _KEY.fullmatch(key) or ".original_module." in key or ".modules_to_save." in key:
+            if LORA_KEY.fullmatch(key) or ".original_module." in key or ".modules_to_save." in key:
                 continue
             if key in adapted:
                 problems.append(f"{key}: saved whole in {name}, adapted in another.")
@@ -461,7 +429,7 @@ def _config(
     """The configuration that describes the result: scaling 1 at each layer, whatever its rank."""
     first = configs[0]
     r = Counter(ranks.values()).most_common(1)[0][0] if ranks else first.r
-    pattern = _pattern(ranks, r)
+    pattern = pattern_of(ranks, r)
     saved = dict.fromkeys(name for c in configs for name in c.modules_to_save or [])
     return dataclasses.replace(
         first,
@@ -500,18 +468,3 @@ def _targets(configs: list[LoraConfig], paths: list[str]) -> dict[str, Any]:
     if plain:
         names = list(dict.fromkeys(name for s in selections for name in s["target_modules"]))
     return {**dict.fromkeys(fields), "target_modules": names}
-
-
-def _pattern(ranks: dict[str, int], r: int) -> dict[str, int]:
-    """rank_pattern for the layers whose rank is not `r`: by the last name where it is the same for all of those."""
-    by_ending: dict[str, set[int]] = {}
-    for path, rank in ranks.items():
-        by_ending.setdefault(path.rpartition(".")[2], set()).add(rank)
-    pattern = {}
-    for path, rank in ranks.items():
-        ending = path.rpartition(".")[2]
-        if rank != r:
-            # "^": a key also matches as the end of a longer path
-            key = re.escape(ending) if len(by_ending[ending]) == 1 else "^" + re.escape(path)
-            pattern[key] = rank
-    return pattern

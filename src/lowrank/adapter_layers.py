@@ -1,0 +1,103 @@
+"""An adapter's tensors, layer by layer: the factors at each path, each with its own rank and alpha."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+from lowrank.adapter_file import Adapter
+from lowrank.matching import pattern_value
+
+Number = TypeVar("Number", int, float)
+
+PREFIX = "base_model.model."
+LORA_KEY = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?")
+
+
+class AdapterLayer(NamedTuple):
+    """The adapter at one module. ΔW = (alpha / r)·B·A; rsLoRA's √r is in alpha."""
+
+    A: Tensor  # as saved: (r, in), (r, in, *kernel); an embedding's is (r, num)
+    B: Tensor  # as saved: (out, r), (out, r, *ones)
+    alpha: float
+    magnitude: Tensor | None = None  # (out,)  DoRA
+    bias: Tensor | None = None  # (out,)  lora_bias
+    embedding: bool = False
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
+
+
+class Read(NamedTuple):
+    layers: dict[str, AdapterLayer]  # by the module's path in the base
+    rest: dict[str, Tensor]  # by key: what is saved whole (modules_to_save, biases)
+    problems: list[str]  # what does not go together, a sentence each
+
+
+def read_layers(adapter: Adapter) -> Read:
+    """The layers of an adapter, what else is in its file, and what is wrong with it."""
+    config = adapter.config
+    parts: dict[str, dict[str, Tensor]] = {}
+    rest = {}
+    for key, tensor in adapter.tensors.items():
+        match = LORA_KEY.fullmatch(key)
+        if match:
+            path = match[1].removeprefix(PREFIX).replace(".base_layer.", ".")
+            part = match[2] + (".bias" if match[3] == "bias" else "")
+            parts.setdefault(path, {})[part] = tensor.detach()
+        else:
+            rest[key] = tensor
+    layers, problems = {}, []
+    for path, tensors in parts.items():
+        embedding = "lora_embedding_A" in tensors or "lora_embedding_B" in tensors
+        word = "lora_embedding_" if embedding else "lora_"
+        A, B = tensors.get(f"{word}A"), tensors.get(f"{word}B")
+        if A is None or B is None:
+            problems.append(f"{path} has only one of A and B.")
+            continue
+        r = A.shape[0]
+        told = pattern_value(config.rank_pattern, path, config.r)
+        if B.ndim < 2 or A.ndim < 2 or B[0].numel() != r or told != r:
+            problems.append(
+                f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, its configuration rank {told}."
+            )
+            continue
+        if not (A.isfinite().all() and B.isfinite().all()):
+            problems.append(f"{path} is not finite.")
+            continue
+        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        m = tensors.get("lora_magnitude_vector")
+        layers[path] = AdapterLayer(
+            A=A,
+            B=B,
+            alpha=alpha * math.sqrt(r) if config.use_rslora else alpha,
+            magnitude=None if m is None else m.flatten(),
+            bias=tensors.get("lora_B.bias"),
+            embedding=embedding,
+        )
+    return Read(layers, rest, problems)
+
+
+def pattern_of(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
+    """rank_pattern or alpha_pattern for the paths whose value is not `default`.
+
+    By the path's last name where the value is the same for all that end in it.
+    """
+    by_ending: dict[str, set[Number]] = {}
+    for path, value in values.items():
+        by_ending.setdefault(path.rpartition(".")[2], set()).add(value)
+    pattern = {}
+    for path, value in values.items():
+        ending = path.rpartition(".")[2]
+        if value != default:
+            # "^": a key also matches as the end of a longer path
+            key = re.escape(ending) if len(by_ending[ending]) == 1 else "^" + re.escape(path)
+            pattern[key] = value
+    return pattern
