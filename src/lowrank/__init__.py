@@ -25,6 +25,7 @@ _PUBLIC = {
     "PeftType": "config",
     "Target": "targets",
     "TaskType": "config",
+    "create_loraplus_optimizer": "train.loraplus",
     "delta_weight": "lora",
     "get_peft_model": "peft",
     "get_peft_model_state_dict": "state",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from lowrank.peft_speedup import speedup, undo_speedup
     from lowrank.state import get_peft_model_state_dict, set_peft_model_state_dict
     from lowrank.targets import Target, plan
+    from lowrank.train.loraplus import create_loraplus_optimizer
 
 
 def __getattr__(name: str) -> Any:

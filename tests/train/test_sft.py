@@ -211,3 +211,19 @@ def test_a_cut_off_line_of_the_log_is_left_out(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_log(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_loraplus_learns_b_faster(tokenizer, data, tmp_path):
+    changed = {"max_steps": 1, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    settings = TrainSettings(**{**vars(FAST), **changed, "loraplus_lr_ratio": 4.0})
+    model = tiny.randomise(adapted())
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    fit(model, tokenizer, data, tmp_path, settings)
+    moved = {
+        n: (p.detach() - start[n]).abs().max().item()
+        for n, p in model.named_parameters()
+        if n in start
+    }
+    # AdamW's first step moves every entry by its rate
+    for name, distance in moved.items():
+        assert distance == pytest.approx(4e-2 if "lora_B" in name else 1e-2, rel=1e-2), name

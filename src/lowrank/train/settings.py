@@ -47,6 +47,9 @@ class TrainSettings:
     epochs: Annotated[float, "passes over the training rows", POSITIVE] = 3.0
     max_steps: Annotated[int | None, "optimiser steps; wins over epochs", COUNT] = None
     learning_rate: Annotated[float, "at its peak", POSITIVE] = 2e-4
+    loraplus_lr_ratio: Annotated[
+        float | None, "LoRA+: B is learnt at this times the rate of A; null: alike", POSITIVE
+    ] = None
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant"], "the rate after warmup"
     ] = "cosine"

@@ -89,6 +89,8 @@ def train_sft(
         callbacks=[watch, log, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    if settings.loraplus_lr_ratio is not None:
+        trainer.optimizer = _loraplus(model, trainer, settings)
     start_bytes = start_of_peak()
     result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     rows_seen = watch.steps * settings.batch_size * settings.gradient_accumulation_steps
@@ -158,6 +160,21 @@ def training_arguments(
         use_cpu=use_cpu,
         report_to=[],
         **extra,
+    )
+
+
+def _loraplus(model: nn.Module, trainer: Any, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The Trainer's own optimiser, with LoRA+'s rates."""
+    from lowrank.train.loraplus import create_loraplus_optimizer
+
+    assert settings.loraplus_lr_ratio is not None
+    cls, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    return create_loraplus_optimizer(
+        model,
+        cls,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
+        loraplus_weight_decay=settings.weight_decay,
+        **options,
     )
 
 
