@@ -28,6 +28,10 @@ class AdapterFileError(LowrankError, ValueError, OSError):
     """An adapter's files are missing, broken, or of a form that is not loaded."""
 
 
+class TensorFileError(LowrankError, ValueError, OSError):
+    """A safetensors file that is broken or cut off."""
+
+
 class AdapterMismatchError(LowrankError, ValueError):
     """The tensors of an adapter do not fit the model that they are loaded into."""
 
