@@ -47,7 +47,7 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-_DATA_INITIALISATIONS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
+_DATA_INITIALISATIONS = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 
 # field -> why a value other than its default is refused
 _REFUSED = {
@@ -60,15 +60,15 @@ _REFUSED = {
     "eva_config": "the EVA initialisation is not supported yet",
     "corda_config": "the CorDA initialisation is not supported yet",
     "lora_ga_config": "the LoRA-GA initialisation is not supported yet",
-    "megatron_config": "Megatron layers are not supported",
-    "megatron_core": "Megatron layers are not supported",
-    "use_qalora": "QALoRA is not supported",
-    "qalora_group_size": "QALoRA is not supported",
-    "velora_config": "VeLoRA is not supported",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "use_bdlora": "BD-LoRA is not supported",
-    "arrow_config": "Arrow routing is not supported",
-    "kasa_config": "KaSA is not supported",
+    "megatron_config": "Megatron's parallel layers hold a piece of W each; load the model with transformers and shard it with FSDP or DeepSpeed",
+    "megatron_core": "it names the module of Megatron's parallel layers; load the model with transformers and shard it with FSDP or DeepSpeed",
+    "use_qalora": "QALoRA gives A the mean of each group of inputs, for GPTQ bases alone; put plain LoRA on the quantised base, or train with PEFT",
+    "qalora_group_size": "it only belongs to use_qalora, which is not supported; leave it at 16",
+    "velora_config": "VeLoRA saves memory by an approximate gradient of A; gradient checkpointing saves it with the exact one",
+    "monteclora_config": "MonteCLoRA samples the adapter in each forward and adds a term to the loss; train it with PEFT, or regularise with lora_dropout",
+    "use_bdlora": "BD-LoRA's block-diagonal factors serve sharded inference engines; leave it out for plain LoRA, or train with PEFT",
+    "arrow_config": "Arrow routes tokens between loaded adapters; choose one for each row (adapter_names=[...]), or combine them (add_weighted_adapter)",
+    "kasa_config": "KaSA cuts W's smallest singular values off for good, and disabling the adapter would not give the base back; init_lora_weights='pissa' trains W's largest ones",
 }
 
 
@@ -269,7 +269,8 @@ class LoraConfig(PeftConfig):
                 found.append(f"{name}={getattr(self, name)!r}: {why}.")
         if self.runtime_config.ephemeral_gpu_offload:
             found.append(
-                "runtime_config.ephemeral_gpu_offload=True: moving weights to the GPU for a moment is not supported yet."
+                "runtime_config.ephemeral_gpu_offload=True: in PEFT it only speeds up the start of DoRA on a base in CPU memory; "
+                "move the model to the GPU before get_peft_model, or leave it out."
             )
         wrong_types = self._type_problems()
         if wrong_types:
@@ -347,6 +348,11 @@ class LoraConfig(PeftConfig):
         if isinstance(init, bool) or init in _INITIALISATIONS:
             return []
         names = [name for name in _INITIALISATIONS if isinstance(name, str)]
+        if init == "mica":
+            return [
+                "init_lora_weights='mica': MiCA freezes B at W's least singular directions, and a file does not say that "
+                "it is frozen; init_lora_weights='orthogonal' starts orthogonal too, or train with PEFT."
+            ]
         if isinstance(init, str) and init.startswith(_DATA_INITIALISATIONS):
             return [
                 f"init_lora_weights={init!r} is not supported yet; use True, False, {' or '.join(map(repr, names))}."
