@@ -32,7 +32,7 @@ ROWS: list[tuple[int, str]] = [
     (3, "peft_linear"),
     (4, "inject state fingerprint expected peft_speedup"),
     (4, "adapter_layers"),
-    (4, "combine unload"),
+    (4, "combine hotswap unload"),
     (5, "card compat embedded lora_model model_folder"),
     (5, "peft"),
     (5, "merge"),

@@ -25,13 +25,17 @@ _PUBLIC = {
     "PeftType": "config",
     "Target": "targets",
     "TaskType": "config",
+    "check_hotswap_configs_compatible": "hotswap",
     "create_loraplus_optimizer": "train.loraplus",
     "delta_weight": "lora",
     "get_peft_model": "peft",
     "get_peft_model_state_dict": "state",
+    "hotswap_adapter": "hotswap",
+    "hotswap_adapter_from_state_dict": "hotswap",
     "inject_adapter_in_model": "lora_model",
     "merged_weight": "lora",
     "plan": "targets",
+    "prepare_model_for_compiled_hotswap": "hotswap",
     "prepare_model_for_kbit_training": "lora_model",
     "read_adapter": "adapter_file",
     "rows": "lora_model",
@@ -47,6 +51,12 @@ if TYPE_CHECKING:
     from lowrank.adapter_file import Adapter, read_adapter, write_adapter
     from lowrank.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
     from lowrank.errors import LowrankError
+    from lowrank.hotswap import (
+        check_hotswap_configs_compatible,
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+    )
     from lowrank.layer import LoraLayer
     from lowrank.lora import Lora, delta_weight, merged_weight
     from lowrank.lora_model import (

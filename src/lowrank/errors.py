@@ -56,6 +56,10 @@ class CombineError(LowrankError, ValueError):
     """Adapters that cannot be combined, or not by that method. Nothing was written or changed."""
 
 
+class HotswapError(LowrankError, ValueError, RuntimeError):
+    """An adapter that cannot take another's place. Nothing was changed."""
+
+
 class NotTrainableError(LowrankError, RuntimeError):
     """A training step on a model in which nothing can be trained."""
 

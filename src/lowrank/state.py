@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, AdapterMismatchError, did_you_mean
 from lowrank.hub import adapter_file
-from lowrank.layer import LoraLayer
+from lowrank.layer import LoraLayer, with_rank
 from lowrank.wrappers import base_biases, lora_layers, wrappers
 
 _SHOWN = 8
@@ -66,7 +66,10 @@ def get_peft_model_state_dict(
         raise AdapterMismatchError(
             f"state_dict lacks {len(lost)} of the adapter's {len(keys)} tensors: {lost[:3]}."
         )
-    return {key: _whole(state[name]) for key, name in keys.items()}
+    found = {key: _whole(state[name]) for key, name in keys.items()}
+    for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
+        found[key] = with_rank(parameter, found[key], layer.r[adapter_name])
+    return found
 
 
 def set_peft_model_state_dict(
@@ -96,6 +99,11 @@ def set_peft_model_state_dict(
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers()),
     }
+    for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
+        here, r = parameters[keys[key]], layer.r[adapter_name]
+        if key in tensors and tensors[key].shape == with_rank(parameter, here, r).shape:
+            # an adapter padded for hotswapping takes its own file back
+            tensors[key] = with_rank(parameter, tensors[key], layer.lora(adapter_name).A.shape[0])
     wrong = {
         key: (tuple(tensors[key].shape), tuple(parameters[name].shape))
         for key, name in target.items()
@@ -173,6 +181,19 @@ def vocab_size(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text = getattr(config, "get_text_config", None)
     return getattr(text() if text else config, "vocab_size", None)
+
+
+def _factors(
+    model: nn.Module, adapter_name: str, keys: Mapping[str, str]
+) -> dict[str, tuple[str, LoraLayer]]:
+    """For those of the file's keys that belong to a LoraLayer: the name within the layer, and the layer."""
+    found = {
+        f"{path}.{parameter}" if path else parameter: (parameter, layer)
+        for path, layer in lora_layers(model)
+        if adapter_name in layer.r
+        for parameter in layer.adapter_parameters(adapter_name)
+    }
+    return {key: found[name] for key, name in keys.items() if name in found}
 
 
 def _config(model: nn.Module, adapter_name: str) -> LoraConfig | None:
