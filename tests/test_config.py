@@ -220,6 +220,12 @@ def test_enumerations_are_their_strings():
     assert PeftType.LORA == "LORA"
 
 
+def test_transformers_keywords_for_remote_code_are_let_pass(tmp_path):
+    LoraConfig(r=3, target_modules=["q"]).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path, trust_remote_code=False, code_revision=None)
+    assert config.r == 3
+
+
 def test_unknown_keys_of_a_file_are_errors_with_a_way_out(tmp_path):
     values = {**LoraConfig().to_dict(), "lora_alfa": 3, "use_newlora": True}
     (tmp_path / CONFIG_NAME).write_text(json.dumps(values))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lowrank.errors import AdapterFileError, ConfigError, UnknownFieldError, did_you_mean, listed
 from lowrank.files import write_text
-from lowrank.hub import HUB_KEYWORDS, adapter_file
+from lowrank.hub import FOREIGN_KEYWORDS, HUB_KEYWORDS, adapter_file
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -172,9 +172,11 @@ class PeftConfig:
     ) -> "LoraConfig":
         """The configuration of an adapter in a folder or on the hub.
 
-        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as huggingface_hub has them; any
-        other is set as a field on the result. Raises AdapterFileError if there is no configuration.
+        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as huggingface_hub has them;
+        `trust_remote_code` and `code_revision` mean nothing here; any other is set as a field on the
+        result. Raises AdapterFileError if there is no configuration.
         """
+        kwargs = {key: value for key, value in kwargs.items() if key not in FOREIGN_KEYWORDS}
         hub = {key: kwargs.pop(key) for key in HUB_KEYWORDS if key in kwargs}
         path = adapter_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         assert path is not None  # without required=False it is there, or was an error

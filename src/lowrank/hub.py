@@ -8,6 +8,9 @@ from lowrank.errors import AdapterFileError, MissingExtraError
 
 # the keywords of huggingface_hub.hf_hub_download that loading accepts
 HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# keywords of transformers' from_pretrained that callers pass along, and that mean nothing for an adapter's
+# files: they hold no code
+FOREIGN_KEYWORDS = ("trust_remote_code", "code_revision")
 
 REPO_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
