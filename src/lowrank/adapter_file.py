@@ -5,7 +5,9 @@ safetensors header, which PEFT and vLLM do not read.
 """
 
 import json
+import re
 import shlex
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +76,29 @@ def read_tensors(
     if not isinstance(metadata, dict):
         raise AdapterFileError(f"{weights}: the metadata in its header is no JSON object.")
     return tensors, metadata
+
+
+def load_peft_weights(
+    model_id: str | PathLike,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub,
+) -> dict[str, Tensor]:
+    """An adapter's tensors by PEFT's keys, on `device` (None: the CPU), for `set_peft_model_state_dict`.
+
+    key_mapping: {regular expression: replacement}; the first one that is found in a key, without its
+    `base_model.model.`, changes it. Raises as `read_adapter`.
+    """
+    tensors = {}
+    for key, tensor in read_tensors(model_id, **hub)[0].items():
+        prefix = "base_model.model." if key.startswith("base_model.model.") else ""
+        name = key.removeprefix(prefix)
+        for pattern, replacement in (key_mapping or {}).items():
+            name, changes = re.subn(pattern, replacement, name)
+            if changes:
+                break
+        tensors[prefix + name] = tensor.to(device or "cpu")
+    return tensors
 
 
 def write_adapter(path: str | PathLike, adapter: Adapter) -> None:

@@ -8,6 +8,10 @@ class LowrankError(Exception):
     """The ancestor of all of them. Each also descends from the builtin that callers already catch."""
 
 
+class LowrankWarning(UserWarning):
+    """For the user to decide; the text says what to change."""
+
+
 class ConfigError(LowrankError, ValueError):
     """A `LoraConfig` field has an impossible or unsupported value."""
 

@@ -72,3 +72,11 @@ def _download(
         raise AdapterFileError(
             f"{repo_id} is no folder here, and the hub did not give its {wanted}: {cause}"
         ) from error
+
+
+def check_if_peft_model(model_name_or_path: str | PathLike) -> bool:
+    """Whether an adapter's configuration is in that folder, or in that repository of the hub."""
+    try:
+        return adapter_file(model_name_or_path, "adapter_config.json", required=False) is not None
+    except (AdapterFileError, ImportError):
+        return False
