@@ -201,7 +201,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     model = adapted()
     with pytest.raises(ConfigError, match="pickle"):
         model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
-    with pytest.raises(ConfigError, match="not supported yet"):
+    with pytest.raises(AdapterFileError, match="not a saved adapter"):
         model.save_pretrained(
             tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path)
         )

@@ -5,7 +5,6 @@ safetensors header, which PEFT and vLLM do not read.
 """
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from os import PathLike
@@ -21,18 +20,24 @@ from lowrank.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lowrank.errors import AdapterFileError
 from lowrank.files import replacing
 from lowrank.hub import adapter_file
+from lowrank.init import taken_out
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+START_NAME = "lora_start.safetensors"
 METADATA_KEY = "lowrank"
 
 
 class Adapter(NamedTuple):
-    """A whole adapter in memory. tensors: by PEFT's keys, `base_model.model.<path>.lora_A.weight`."""
+    """A whole adapter in memory. tensors: by PEFT's keys, `base_model.model.<path>.lora_A.weight`.
+
+    start: where the initialisation took them out of W, the factors that A and B started from, by the same keys.
+    """
 
     config: LoraConfig
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
+    start: Mapping[str, Tensor] = {}
 
 
 def read_adapter(
@@ -46,7 +51,23 @@ def read_adapter(
     """
     config = PeftConfig.from_pretrained(path, subfolder, ignore_unknown=ignore_unknown, **hub)
     tensors, metadata = read_tensors(path, subfolder=subfolder, **hub)
-    return Adapter(config, tensors, metadata)
+    start = read_start(path, config, metadata, subfolder=subfolder, **hub)
+    return Adapter(config, tensors, metadata, start)
+
+
+def read_start(
+    path: str | PathLike,
+    config: LoraConfig,
+    metadata: dict[str, Any],
+    *,
+    subfolder: str | None = None,
+    **hub,
+) -> dict[str, Tensor]:
+    """The factors that the adapter started from, where they were saved beside it; else empty."""
+    if "start" not in metadata and not taken_out(config.init_lora_weights):
+        return {}
+    weights = adapter_file(path, START_NAME, subfolder=subfolder, required=False, **hub)
+    return {} if weights is None else _read(weights)[0]
 
 
 def read_tensors(
@@ -61,12 +82,7 @@ def read_tensors(
                 f"{path} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}: it is not a saved adapter."
             )
         raise AdapterFileError(_pickle_text(pickle))
-    try:
-        with safe_open(weights, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise AdapterFileError(f"{weights} is not a whole safetensors file: {error}") from error
+    tensors, header = _read(weights)
     try:
         metadata = json.loads(header.get(METADATA_KEY, "{}"))
     except json.JSONDecodeError as error:
@@ -78,45 +94,41 @@ def read_tensors(
     return tensors, metadata
 
 
-def load_peft_weights(
-    model_id: str | PathLike,
-    device: str | torch.device | None = None,
-    key_mapping: Mapping[str, str] | None = None,
-    **hub,
-) -> dict[str, Tensor]:
-    """An adapter's tensors by PEFT's keys, on `device` (None: the CPU), for `set_peft_model_state_dict`.
-
-    key_mapping: {regular expression: replacement}; the first one that is found in a key, without its
-    `base_model.model.`, changes it. Raises as `read_adapter`.
-    """
-    tensors = {}
-    for key, tensor in read_tensors(model_id, **hub)[0].items():
-        prefix = "base_model.model." if key.startswith("base_model.model.") else ""
-        name = key.removeprefix(prefix)
-        for pattern, replacement in (key_mapping or {}).items():
-            name, changes = re.subn(pattern, replacement, name)
-            if changes:
-                break
-        tensors[prefix + name] = tensor.to(device or "cpu")
-    return tensors
+def _read(weights: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise AdapterFileError(f"{weights} is not a whole safetensors file: {error}") from error
 
 
 def write_adapter(path: str | PathLike, adapter: Adapter) -> None:
-    """Writes the two files into the folder `path` (made if need be), each by way of a temporary name.
+    """Writes the files into the folder `path` (made if need be), each by way of a temporary name.
 
     The tensors are read back and compared, and both files are whole, before they take the place of older
     ones. Raises AdapterFileError if what was read differs.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.tensors.items()}
     header = {"format": "pt"}
-    if adapter.metadata:
-        header[METADATA_KEY] = json.dumps(adapter.metadata, sort_keys=True)
+    metadata = {**adapter.metadata, "start": START_NAME} if adapter.start else adapter.metadata
+    if metadata:
+        header[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
     with replacing(folder / WEIGHTS_NAME) as weights, replacing(folder / CONFIG_NAME) as config:
-        save_file(_unshared(tensors), weights, metadata=header)
-        _check_written(weights, tensors)
+        _write(weights, adapter.tensors, header)
         config.write_text(adapter.config.to_json_string(), encoding="utf-8")
+        if adapter.start:
+            with replacing(folder / START_NAME) as start:
+                _write(start, adapter.start, {"format": "pt"})
+    if not adapter.start:
+        (folder / START_NAME).unlink(missing_ok=True)  # an older adapter's
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(_unshared(tensors), path, metadata=header)
+    _check_written(path, tensors)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank.adapter_file import Adapter
 from lowrank.matching import pattern_value
+from lowrank.start_factors import as_plain_lora
 
 Number = TypeVar("Number", int, float)
 
@@ -42,7 +43,12 @@ class Read(NamedTuple):
 
 
 def read_layers(adapter: Adapter) -> Read:
-    """The layers of an adapter, what else is in its file, and what is wrong with it."""
+    """The layers of an adapter, what else is in its file, and what is wrong with it.
+
+    Of an adapter whose start was taken out of W, the layers are those of `as_plain_lora`. Raises
+    AdapterFileError where that start is not known.
+    """
+    adapter = as_plain_lora(adapter)
     config = adapter.config
     parts: dict[str, dict[str, Tensor]] = {}
     rest = {}

@@ -18,11 +18,10 @@ from lowrank.errors import BaseMismatchError, CombineError, ShapeError, did_you_
 from lowrank.fingerprint import differences
 from lowrank.log import logger
 from lowrank.lora import Lora
+from lowrank.start_factors import start_problems
 from lowrank.task_arithmetic import METHODS, Combined, Options, Weighted
 
 SIGN_METHODS = ("total", "frequency")
-# start values whose adapter belongs to a base that they have changed
-_CHANGE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 # what the result has of its own, or what does not bear on the tensors' meaning; all else must agree
 _FREE_FIELDS = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
@@ -87,10 +86,10 @@ def combine(
     given = {"svd_rank": svd_rank, "energy": energy, "density": density}
     _check_arguments(adapters, weights, method, given, majority_sign_method)
     if svd_rank is None and energy is None and METHODS[method].takes_rank:
-        svd_rank = max((A.shape[0] for a in adapters for A in _factors_A(a)), default=1)
+        svd_rank = max((r for a in adapters for r in _ranks(a)), default=1)
     if _nothing_to_do(adapters, weights, method, svd_rank, energy):
         return adapters[0]
-    _check_configs([a.config for a in adapters], names)
+    _check_configs(adapters, names)
     base = _common_base(adapters, names, check_base)
     layers = [_layers(a, name) for a, name in zip(adapters, names, strict=True)]
     paths = list(dict.fromkeys(path for found in layers for path in found))
@@ -225,14 +224,15 @@ def _nothing_to_do(
     if len(adapters) != 1 or weights[0] != 1:
         return False
     if method == "svd":
-        return energy is None and all(A.shape[0] <= (rank or 0) for A in _factors_A(adapters[0]))
+        return energy is None and all(r <= (rank or 0) for r in _ranks(adapters[0]))
     return method in ("linear", "cat", "linear_factors")
 
 
-def _factors_A(adapter: Adapter) -> Iterator[Tensor]:
+def _ranks(adapter: Adapter) -> Iterator[int]:
+    """The rank of ΔW at each layer: 2r where the start was taken out of W."""
     for key, tensor in adapter.tensors.items():
         if key.endswith((".lora_A.weight", ".lora_embedding_A")):
-            yield tensor
+            yield tensor.shape[0] * (2 if key in adapter.start else 1)
 
 
 def _generators(seed: int, path: str) -> Callable[[str, int], torch.Generator]:
@@ -248,20 +248,16 @@ def _generators(seed: int, path: str) -> Callable[[str, int], torch.Generator]:
 # --- what is there --------------------------------------------------------------------------------
 
 
-def _check_configs(configs: list[LoraConfig], names: Sequence[str]) -> None:
+def _check_configs(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
     problems = []
-    for config, name in zip(configs, names, strict=True):
+    configs = [adapter.config for adapter in adapters]
+    for adapter, config, name in zip(adapters, configs, names, strict=True):
         if config.use_dora:
             problems.append(
                 f"{name} is DoRA: its magnitudes belong to W + its own ΔW, and W′ is no sum of changes; only "
                 "one adapter with weight 1 and its own rank comes back as it is. Merge it into the base instead."
             )
-        init = config.init_lora_weights
-        if isinstance(init, str) and init.startswith(_CHANGE_BASE):
-            problems.append(
-                f"{name} was started with init_lora_weights={init!r} and belongs to a base that this changed: "
-                "save it as a plain LoRA for the untouched base first."
-            )
+        problems += start_problems(adapter, name)
         if config.target_parameters:
             problems.append(
                 f"{name} adapts bare parameters (target_parameters), whose factors are stacked."

@@ -8,10 +8,6 @@ class LowrankError(Exception):
     """The ancestor of all of them. Each also descends from the builtin that callers already catch."""
 
 
-class LowrankWarning(UserWarning):
-    """For the user to decide; the text says what to change."""
-
-
 class ConfigError(LowrankError, ValueError):
     """A `LoraConfig` field has an impossible or unsupported value."""
 
@@ -30,10 +26,6 @@ class ShapeError(LowrankError, ValueError):
 
 class AdapterFileError(LowrankError, ValueError, OSError):
     """An adapter's files are missing, broken, or of a form that is not loaded."""
-
-
-class TensorFileError(LowrankError, ValueError, OSError):
-    """A safetensors file that is broken or cut off."""
 
 
 class AdapterMismatchError(LowrankError, ValueError):
@@ -58,10 +50,6 @@ class MergeError(LowrankError, ValueError):
 
 class CombineError(LowrankError, ValueError):
     """Adapters that cannot be combined, or not by that method. Nothing was written or changed."""
-
-
-class HotswapError(LowrankError, ValueError, RuntimeError):
-    """An adapter that cannot take another's place. Nothing was changed."""
 
 
 class NotTrainableError(LowrankError, RuntimeError):

@@ -37,6 +37,7 @@ class Fields(Protocol):
     use_rslora: Any
     alpha_pattern: Any
     modules_to_save: Any
+    init_lora_weights: Any
 
 
 def changes(
@@ -44,6 +45,7 @@ def changes(
     tensors: Mapping[str, Tensor],
     config: Fields,
     held_transposed: frozenset[str] = frozenset(),
+    start: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Change]:
     """Every tensor of the base that the adapter changes, one at a time, as float64.
 
@@ -51,9 +53,12 @@ def changes(
     held_transposed: the names in `weights` held as (in, out), which is what `conv1d_weights` finds.
     LoRA: W + scaling·B·A (Hu et al. 2021, §4.1). DoRA: m ⊙ V / ‖V‖ by row, V = W + scaling·B·A
     (Liu et al. 2024, eq. 5). Tensors that the file holds whole replace the base's.
+    Where the initialisation took scaling·B₀·A₀ out of W, that is subtracted: from `start` (the file beside
+    the adapter's, same keys), or computed from W for PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024).
     Raises AdapterMismatchError, with every such key, if a key belongs to nothing in `weights`.
     """
     lora, saved, strangers = _sort(weights, tensors)
+    starts = _sort(weights, start or {})[0]
     saved |= _tied_copies(saved, weights, config)
     if strangers:
         raise AdapterMismatchError(
@@ -62,7 +67,7 @@ def changes(
             + "\nWas the adapter trained on this base, and for this task?"
         )
     for path, parts in lora.items():
-        yield from _adapted(path, parts, weights, saved, config, held_transposed)
+        yield from _adapted(path, parts, weights, saved, config, held_transposed, starts.get(path))
     for name, value in saved.items():
         before = weights[name].double()
         after = value.double()
@@ -122,6 +127,7 @@ def _adapted(
     saved: dict[str, Tensor],
     config: Fields,
     held_transposed: frozenset[str],
+    start: Mapping[str, Tensor] | None,
 ) -> Iterator[Change]:
     name = _weight_name(path, weights)
     assert name is not None
@@ -138,6 +144,7 @@ def _adapted(
             f"(lora_B {tuple(B.shape)} times lora_A {tuple(A.shape)}), the base's weight is "
             f"{tuple(W.shape)} as (out, in). This adapter was trained on another base."
         )
+    delta = delta - _taken_out(path, W, A.shape[0], scaling, config, start)
     merged = W + delta
     magnitude = parts.get("lora_magnitude_vector")
     if magnitude is not None:
@@ -154,6 +161,33 @@ def _adapted(
             )
         before = saved.pop(bias, weights[bias]).double()
         yield Change(bias, before, before + scaling * parts["lora_bias"].double(), saved=False)
+
+
+def _taken_out(
+    path: str,
+    W: Tensor,
+    r: int,
+    scaling: float,
+    config: Fields,
+    start: Mapping[str, Tensor] | None,
+) -> Tensor | float:
+    """scaling·B₀·A₀, what the initialisation took out of W (out, in); 0 for most."""
+    if start is not None:
+        B_0, A_0 = start["lora_B"].double(), start["lora_A"].double()
+        return scaling * (B_0.flatten(1) @ A_0.flatten(1))
+    init = config.init_lora_weights
+    if init == "pissa":  # the best approximation of rank r, whatever the scaling
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return (U[:, :r] * S[:r]) @ Vh[:r]
+    if init == "olora":
+        Q, R = torch.linalg.qr(W)
+        return scaling * Q[:, :r] @ R[:r]
+    if isinstance(init, str) and (init.startswith("pissa") or init in ("corda", "lora_ga")):
+        raise AdapterMismatchError(
+            f"{path}: what init_lora_weights={init!r} took out of the base is not known: the adapter's folder "
+            "has no lora_start.safetensors."
+        )
+    return 0.0
 
 
 def _scaling(path: str, r: int, config: Fields) -> float:

@@ -1,6 +1,6 @@
 """Putting adapters into a model and taking them out again, in place."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from lowrank.errors import AdapterNameError
+from lowrank.init import Init, taken_out
 from lowrank.layer import LoraLayer
+from lowrank.log import logger
 from lowrank.routing import Routing
 from lowrank.saved_module import ModulesToSaveWrapper
 from lowrank.targets import Target
@@ -21,6 +23,7 @@ def inject(
     name: str,
     *,
     init: bool | str = True,
+    inits: Mapping[str, Init] | None = None,
     saved: Sequence[str] = (),
     bias: str = "none",
     cast_to_float32: bool = True,
@@ -28,6 +31,8 @@ def inject(
 ) -> None:
     """Adds the adapter `name` to the targets of `model`, and freezes everything else.
 
+    init: a value of `init_lora_weights`. inits: for the targets at these paths another function, with what it
+    needs bound to it (the statistics of a layer, the factors of a file).
     saved: paths of modules trained and saved whole. bias: "none", "lora_only" or "all", the biases of the
     base that are trained. cast_to_float32: adapters in float32 on a bfloat16 or float16 base; else in the
     base's dtype. meta: adapter tensors on the meta device, to be loaded.
@@ -41,7 +46,9 @@ def inject(
         make_saved = partial(ModulesToSaveWrapper, routing=routing)
         wrapper: Any = _wrap(references, _find(model, path), make_saved)
         wrapper.add_adapter(name)
-    for target in targets:
+    for i, target in enumerate(targets):
+        if taken_out(init) and target.path not in (inits or {}) and not meta:
+            logger.info("%s: %d of %d, %s", init, i + 1, len(targets), target.path)
         place = _find(model, target.path)
         make_layer = partial(LoraLayer, kind=target.kind, routing=routing)
         layer: Any = _wrap(references, place, make_layer)
@@ -57,7 +64,7 @@ def inject(
             dropout=target.dropout,
             use_dora="dora" in target.method,
             lora_bias=target.lora_bias,
-            init=init,
+            init=(inits or {}).get(target.path, init),
             dtype=torch.float32 if cast_to_float32 and low else None,
             meta=meta,
         )

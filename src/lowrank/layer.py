@@ -12,29 +12,10 @@ from torch.func import functional_call
 
 from lowrank.bases.kinds import EMBEDDING, Kind
 from lowrank.errors import AdapterNameError, MergeError, ShapeError
-from lowrank.init import EMBEDDING_INITS, INITS
+from lowrank.init import Init, Start, init_named, taken_out
 from lowrank.lora import Lora, check_shapes, initial_magnitude, merged_weight_norm, weight_change
 from lowrank.mixed_batch import mixed_forward
 from lowrank.routing import Routing
-
-RANK_DIMENSION = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
-
-
-def with_rank(parameter: str, tensor: Tensor, r: int) -> Tensor:
-    """The tensor of an adapter, cut to rank `r` or padded to it with zeros, which change nothing.
-
-    parameter: its name within its layer, `lora_A.default.weight`. What has no rank comes back as it is.
-    """
-    dimension = RANK_DIMENSION.get(parameter.partition(".")[0])
-    if dimension is None or tensor.ndim < 2 or tensor.shape[dimension] == r:
-        return tensor
-    if tensor.shape[dimension] > r:
-        return tensor.narrow(dimension, 0, r)
-    shape = list(tensor.shape)
-    shape[dimension] = r
-    padded = tensor.new_zeros(shape)
-    padded.narrow(dimension, 0, tensor.shape[dimension]).copy_(tensor)
-    return padded
 
 
 class Factor(nn.Module):
@@ -53,7 +34,8 @@ class LoraLayer(nn.Module):
     """`base_layer` with adapters. Attributes of the base layer (`in_features`, `weight`, …) answer as before.
 
     r, lora_alpha, scaling, use_dora, lora_bias: by adapter name. `merged_adapters` are those whose change
-    is in the base weight at present.
+    is in the base weight at present. `lora_start_A` and `lora_start_B` hold, as buffers, the factors that an
+    adapter started from where its initialisation takes them out of W. W itself stays as it is.
     """
 
     adapter_layer_names = (
@@ -71,7 +53,7 @@ class LoraLayer(nn.Module):
         self.routing = routing or Routing()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float | Tensor] = {}  # a tensor once prepared for hotswapping
+        self.scaling: dict[str, float] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
@@ -80,6 +62,8 @@ class LoraLayer(nn.Module):
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ModuleDict()
+        self.lora_start_A = nn.Module()
+        self.lora_start_B = nn.Module()
         self.merged_adapters: list[str] = []
         self._active: list[str] = []
         self._disabled = False
@@ -140,12 +124,13 @@ class LoraLayer(nn.Module):
         dropout: float = 0.0,
         use_dora: bool = False,
         lora_bias: bool = False,
-        init: bool | str = True,
+        init: bool | str | Init = True,
         dtype: torch.dtype | None = None,
         meta: bool = False,
     ) -> None:
         """A new adapter, not yet active. Its tensors are of `dtype` (None: the base weight's), on the base
-        weight's device, or on the meta device with `meta`, to be filled by loading."""
+        weight's device, or on the meta device with `meta`, to be filled by loading. init: a value of
+        `init_lora_weights`, or the function itself, with all that it needs bound to it."""
         if name in self.r:
             raise AdapterNameError(f"This layer already has an adapter named {name!r}.")
         layout = self.kind.layout
@@ -153,9 +138,10 @@ class LoraLayer(nn.Module):
         shape = self.kind.shape(self.base_layer)
         device = torch.device("meta") if meta else weight.device
         dtype = dtype or weight.dtype
-        inits = EMBEDDING_INITS if layout is EMBEDDING else INITS
-        with torch.device("meta" if device.type == "meta" else "cpu"):
-            start = inits[init](self.unmerged_weight, shape, r, scaling)
+        empty = weight.device.type == "meta" or (
+            meta and not callable(init) and not taken_out(init)
+        )
+        start = self._empty_start(init, r) if empty else self._start(init, r, scaling)
         A = start.A.to(device, dtype).view(layout.A_shape(weight.shape, shape, r))
         B = start.B.to(device, dtype).view(layout.B_shape(weight.shape, shape, r))
         if layout is EMBEDDING:
@@ -170,18 +156,30 @@ class LoraLayer(nn.Module):
         self.use_dora[name], self.lora_bias[name] = use_dora, lora_bias
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.train(self.base_layer.training)
+        if start.taken_out:
+            self.set_start(name, start.A.to(dtype), start.B.to(dtype))
         if use_dora:
-            with torch.no_grad():
-                W = (
-                    torch.empty(shape, device="meta")
-                    if device.type == "meta"
-                    else self.unmerged_weight()
-                )
-                magnitude = initial_magnitude(W, self.lora(name)).to(dtype)
+            magnitude = torch.empty(shape[0], device=device, dtype=dtype)
+            if device.type != "meta":
+                with torch.no_grad():
+                    magnitude = initial_magnitude(self.unmerged_weight(), self.lora(name)).to(dtype)
             self.lora_magnitude_vector[name] = Factor(
                 magnitude.view(layout.magnitude_shape(weight.shape, shape))
             )
         self._set_requires_grad([name], False)
+
+    def _start(self, init: bool | str | Init, r: int, scaling: float) -> Start:
+        function = init if callable(init) else init_named(init, self.kind.layout is EMBEDDING)
+        shape = self.kind.shape(self.base_layer)
+        with torch.device("cpu"), torch.no_grad():
+            start = function(self.unmerged_weight, shape, r, scaling)
+        check_shapes(torch.Size(shape), Lora(start.A, start.B, scaling))
+        return start
+
+    def _empty_start(self, init: bool | str | Init, r: int) -> Start:
+        out, in_ = self.kind.shape(self.base_layer)
+        A, B = torch.empty(r, in_, device="meta"), torch.empty(out, r, device="meta")
+        return Start(A, B, callable(init) or taken_out(init))
 
     def delete_adapter(self, name: str) -> None:
         """Removes the adapter, if this layer has it. It must not be merged."""
@@ -191,6 +189,7 @@ class LoraLayer(nn.Module):
             )
         if name not in self.r:
             return
+        self.set_start(name, None, None)
         for attribute in self.adapter_layer_names:
             holder = getattr(self, attribute)
             if name in holder:
@@ -208,18 +207,67 @@ class LoraLayer(nn.Module):
         self._active = [active for active in self._active if active != name]
 
     def lora(self, name: str) -> Lora:
-        """The adapter in matrix form; A, B and the magnitude are views of its parameters."""
-        if self.kind.layout is EMBEDDING:
-            A, B, bias = self.lora_embedding_A[name], self.lora_embedding_B[name], None
-        else:
-            down: Any = self.lora_A[name]
-            up: Any = self.lora_B[name]
-            A, B, bias = down.weight, up.weight, up.bias
+        """The adapter in matrix form; A, B and the magnitude are views of its parameters.
+
+        With a start taken out of W, ΔW = scaling·(B·A − B₀·A₀) is written as one product of rank 2r,
+        [B − B₀, B₀]·[A; A − A₀]: what training changed stands there by itself, so that a cast to bfloat16
+        rounds the change, and not A and B, whose rounding would be as large as the change.
+        """
+        A, B = self._factors(name)
+        bias: Any = self.lora_B[name].bias if name in self.lora_B else None
         magnitude = None
         if name in self.lora_magnitude_vector:
             factor: Any = self.lora_magnitude_vector[name]
             magnitude = factor.weight.reshape(-1)
-        return Lora(A.flatten(1), B.flatten(1), self.scaling[name], magnitude, bias)
+        r = self.r[name]
+        A, B = A.reshape(r, -1), B.reshape(-1, r)
+        if name in self.lora_start_A._buffers:
+            A_0 = self.lora_start_A.get_buffer(name).reshape(r, -1)
+            B_0 = self.lora_start_B.get_buffer(name).reshape(-1, r)
+            A, B = torch.cat([A, A - A_0]), torch.cat([B - B_0, B_0], dim=1)
+        return Lora(A, B, self.scaling[name], magnitude, bias)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """The parameters A and B, in the shapes in which they are registered and saved."""
+        if self.kind.layout is EMBEDDING:
+            return self.lora_embedding_A[name], self.lora_embedding_B[name]
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        return down.weight, up.weight
+
+    def rank(self, name: str) -> int:
+        """The rank of `lora(name)`: r, or 2r if the adapter's start is taken out of W."""
+        return self.r[name] * (2 if name in self.lora_start_A._buffers else 1)
+
+    def start_factors(self, name: str) -> dict[str, Tensor]:
+        """A₀ and B₀ by the names of the parameters that they belong to; empty if nothing is taken out of W."""
+        if name not in self.lora_start_A._buffers:
+            return {}
+        starts = (self.lora_start_A.get_buffer(name), self.lora_start_B.get_buffer(name))
+        return dict(zip(self.adapter_parameters(name), starts, strict=False))
+
+    def restart(self, name: str, init: bool | str | Init) -> None:
+        """Puts the adapter's start, not the adapter, to what `init` gives for this layer's W."""
+        start = self._start(init, self.r[name], self._initial_scaling[name])
+        self.set_start(name, start.A, start.B)
+
+    def set_start(self, name: str, A: Tensor | None, B: Tensor | None) -> None:
+        """Makes A and B the factors that the adapter started from; None: nothing is taken out of W.
+
+        Of any shape with the right number of entries; copied. Raises ShapeError for another number.
+        """
+        holders = (self.lora_start_A, self.lora_start_B)
+        for holder, tensor, parameter in zip(holders, (A, B), self._factors(name), strict=True):
+            holder._buffers.pop(name, None)
+            if tensor is None:
+                continue
+            if tensor.numel() != parameter.numel():
+                raise ShapeError(
+                    f"A start of shape {tuple(tensor.shape)} does not fit a factor of {tuple(parameter.shape)}."
+                )
+            device = self.unmerged_weight().device
+            value = tensor.detach().to(device, parameter.dtype, copy=True).view(parameter.shape)
+            holder.register_buffer(name, value)
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their name within this layer, `lora_A.<name>.weight` and so on."""
@@ -293,39 +341,21 @@ class LoraLayer(nn.Module):
     def set_scale(self, adapter: str, scale: float) -> None:
         """`scale` times the adapter's own scaling."""
         if adapter in self.scaling:
-            self._set_scaling(adapter, scale * self._initial_scaling[adapter])
+            self.scaling[adapter] = scale * self._initial_scaling[adapter]
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters."""
         for name in self._active:
             if name in self.scaling:
-                self._set_scaling(name, self.scaling[name] * scale)
+                self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides by `scale`, or goes back to each adapter's own scaling."""
         for name in self._active:
             if name in self.scaling:
-                initial = self._initial_scaling[name]
-                self._set_scaling(name, initial if scale is None else self.scaling[name] / scale)
-
-    def _set_scaling(self, name: str, value: float | Tensor) -> None:
-        now = self.scaling[name]
-        if isinstance(now, Tensor):
-            now.fill_(value)  # in place: compiled code goes on reading this tensor
-        else:
-            self.scaling[name] = value
-
-    def scale_by_tensor(self, name: str) -> None:
-        """From now on the scaling is a tensor (), which compiled code reads anew in each forward."""
-        weight = self.base_layer.get_parameter(self.kind.weight)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.scaling[name] = torch.as_tensor(self.scaling[name], dtype=dtype, device=weight.device)
-
-    def describe(self, name: str, r: int, lora_alpha: float, scaling: float) -> None:
-        """Other numbers for an adapter whose tensors are being replaced."""
-        self.r[name], self.lora_alpha[name] = r, lora_alpha
-        self._initial_scaling[name] = scaling
-        self._set_scaling(name, scaling)
+                self.scaling[name] = (
+                    self._initial_scaling[name] if scale is None else self.scaling[name] / scale
+                )
 
     def _live(self) -> list[str]:
         """The adapters that this layer must add itself: active, present and not merged."""
@@ -358,12 +388,9 @@ class LoraLayer(nn.Module):
         # the small A and B take the dtype of the large x, never the reverse
         dtype = x.dtype if op.floating else y.dtype
         h = op.down(base, x, lora.A.to(dtype), self.lora_dropout[name])
-        scaling = lora.scaling
-        if isinstance(scaling, Tensor):  # low_rank_add takes a number
-            h, scaling = h * scaling, 1.0
         if op.up_onto and lora.bias is None and lora.magnitude is None:
-            return op.up_onto(y, h.to(y.dtype), lora.B.to(y.dtype), scaling)
-        z = op.up(base, h * scaling, lora.B.to(h.dtype)).to(y.dtype)
+            return op.up_onto(y, h.to(y.dtype), lora.B.to(y.dtype), lora.scaling)
+        z = op.up(base, h * lora.scaling, lora.B.to(h.dtype)).to(y.dtype)
         along = [1] * y.ndim
         along[op.channel(base)] = -1
         if lora.bias is not None:
@@ -464,9 +491,6 @@ class LoraLayer(nn.Module):
         for saved in self._unmerged or ():
             if isinstance(saved, nn.Parameter):
                 saved.data = fn(saved.data)
-        for name, scaling in self.scaling.items():
-            if isinstance(scaling, Tensor):
-                self.scaling[name] = scaling.to(fn(scaling).device)
         return self
 
     def forget_unmerged(self) -> None:

@@ -1,15 +1,15 @@
 """Adapters in a whole model: adding one, and `LoraModel`, which acts on all of its layers at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank import functional
 from lowrank.config import LoraConfig
-from lowrank.errors import ConfigError, RowsError, did_you_mean
+from lowrank.errors import AdapterNameError, ConfigError, MergeError, RowsError, did_you_mean
+from lowrank.init import Init
 from lowrank.inject import check_name, inject
 from lowrank.log import logger
 from lowrank.routing import BASE
@@ -52,11 +52,20 @@ class LoraModel(nn.Module):
             else list(self.active_adapter)
         )
 
-    def add_adapter(self, name: str, config: LoraConfig, cast_to_float32: bool, meta: bool) -> None:
+    def add_adapter(
+        self,
+        name: str,
+        config: LoraConfig,
+        cast_to_float32: bool,
+        meta: bool,
+        inits: Mapping[str, Init] | None = None,
+    ) -> None:
         """One more adapter, not active. Layers that had none so far follow the others in what is active."""
         known = {module for _, module in wrappers(self.model)}
         disabled = any(module.disable_adapters for module in known)
-        self.peft_config[name] = add_to_model(self.model, config, name, cast_to_float32, meta)
+        self.peft_config[name] = add_to_model(
+            self.model, config, name, cast_to_float32, meta, inits
+        )
         for _, module in wrappers(self.model):
             if module not in known:
                 module.set_adapter(self.active_adapters)
@@ -69,6 +78,9 @@ class LoraModel(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         self.check_known(names)
+        if any(getattr(module, "merged", False) for _, module in wrappers(self.model)):
+            logger.warning("set_adapter(%r) undoes the merge that was in place.", adapter_name)
+            unmerge_all(self.model)
         _activate(self.model, self.peft_config, names, inference_mode)
         self.active_adapter = names[0] if len(names) == 1 else names
 
@@ -94,7 +106,13 @@ class LoraModel(nn.Module):
         Raises MergeError if it is merged.
         """
         self.check_known([adapter_name])
-        functional.delete_adapter(self.model, adapter_name)
+        for _, module in wrappers(self.model):
+            if adapter_name in getattr(module, "merged_adapters", []):
+                raise MergeError(
+                    f"Adapter {adapter_name!r} is merged: unmerge_adapter() first, then delete it."
+                )
+        for _, module in wrappers(self.model):
+            module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
         if adapter_name not in self.active_adapters:
             return
@@ -138,7 +156,12 @@ class LoraModel(nn.Module):
         return unload(self.model, merge=False)
 
     def check_known(self, names: Sequence[str]) -> None:
-        functional.check_known(names, self.peft_config)
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterNameError(
+                    f"There is no adapter named {name!r}; there are: {', '.join(self.peft_config) or 'none'}."
+                    + did_you_mean(name, self.peft_config)
+                )
 
 
 @contextmanager
@@ -227,9 +250,17 @@ def prepare_model_for_kbit_training(
 
 
 def add_to_model(
-    model: nn.Module, config: LoraConfig, name: str, cast_to_float32: bool, meta: bool
+    model: nn.Module,
+    config: LoraConfig,
+    name: str,
+    cast_to_float32: bool,
+    meta: bool,
+    inits: Mapping[str, Init] | None = None,
 ) -> LoraConfig:
-    """Plans and injects; returns the configuration with its targets spelled out."""
+    """Plans and injects; returns the configuration with its targets spelled out.
+
+    inits: initialisations by path, in place of the configuration's.
+    """
     check_name(model, name)
     targets = plan(model, config)
     saved = saved_modules(model, config)
@@ -239,6 +270,7 @@ def add_to_model(
         targets,
         name,
         init=config.init_lora_weights,
+        inits=inits,
         saved=saved,
         bias=config.bias,
         cast_to_float32=cast_to_float32,
@@ -250,7 +282,8 @@ def add_to_model(
 def _activate(
     model: nn.Module, configs: dict[str, LoraConfig], names: list[str], inference_mode: bool
 ) -> None:
-    functional.set_adapter(model, names, inference_mode)
+    for _, module in wrappers(model):
+        module.set_adapter(names, inference_mode=inference_mode)
     for name, config in configs.items():
         for parameter in base_biases(model, config.bias).values():
             parameter.requires_grad_(name in names and not inference_mode)

@@ -95,7 +95,8 @@ def merge_to_folder(
         dtypes = {name: target if was == main else was for name, was in dtypes.items()}
     model.float()
     rounding, overall = _rounding(
-        changes(model.state_dict(), file.tensors, file.config, conv1d_weights(model)), dtypes
+        changes(model.state_dict(), file.tensors, file.config, conv1d_weights(model), file.start),
+        dtypes,
     )
     with quiet():
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()

@@ -49,7 +49,7 @@ def _batches(layer: Any, rows: dict[str, list[int]]) -> list[list[str]]:
         )
         dropout = layer.lora_dropout[name]
         plain = plain and (isinstance(dropout, nn.Identity) or not dropout.training)
-        together.setdefault((layer.r[name], len(found)) if plain else (name,), []).append(name)
+        together.setdefault((layer.rank(name), len(found)) if plain else (name,), []).append(name)
     return list(together.values())
 
 

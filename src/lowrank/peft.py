@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank import __version__, functional
-from lowrank.adapter_file import Adapter, read_tensors, write_adapter
+from lowrank.adapter_file import Adapter, read_start, read_tensors, write_adapter
 from lowrank.card import write_card
 from lowrank.combine import combine
-from lowrank.compat import ensure_recognised
 from lowrank.config import LoraConfig, PeftConfig, TaskType
 from lowrank.errors import (
     AdapterMismatchError,
@@ -26,7 +24,8 @@ from lowrank.errors import (
     NotTrainableError,
     RowsError,
 )
-from lowrank.fingerprint import check_base, fingerprint
+from lowrank.fingerprint import check_base
+from lowrank.init import Init
 from lowrank.inject import check_name, eject
 from lowrank.lora_model import (
     LoraModel,
@@ -35,6 +34,9 @@ from lowrank.lora_model import (
     let_gradients_in,
     rows,
 )
+from lowrank.saving import adapter_of, converted, warn_of_other_readers
+from lowrank.start_factors import as_plain_lora as plain_lora
+from lowrank.start_factors import check_start, inits_from, replace_start, start_factors
 from lowrank.state import (
     LoadResult,
     adapter_keys,
@@ -60,6 +62,8 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        *,
+        inits: Mapping[str, Init] | None = None,
     ):
         super().__init__()
         if isinstance(model, PeftModel) or adapter_names(model):
@@ -72,13 +76,12 @@ class PeftModel(nn.Module):
         self.initial_vocab_size = vocab_size(model)
         self._check_trainable = False
         config = add_to_model(
-            model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+            model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, inits
         )
         self.base_model.peft_config[adapter_name] = config
         self.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
         if checkpoints_activations(model):
             let_gradients_in(model)
-        ensure_recognised(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -179,8 +182,13 @@ class PeftModel(nn.Module):
         peft_config: LoraConfig,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
+        *,
+        inits: Mapping[str, Init] | None = None,
     ) -> None:
-        """One more adapter, new and not active. Raises AdapterNameError if the name is taken."""
+        """One more adapter, new and not active. inits: initialisations by path, in place of the configuration's.
+
+        Raises AdapterNameError if the name is taken.
+        """
         if peft_config.bias != "none" or any(
             config.bias != "none" for config in self.peft_config.values()
         ):
@@ -188,7 +196,7 @@ class PeftModel(nn.Module):
                 "bias='all' or 'lora_only' trains the base's own biases, which several adapters cannot share."
             )
         self.base_model.add_adapter(
-            adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage
+            adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, inits
         )
 
     def add_weighted_adapter(
@@ -228,7 +236,7 @@ class PeftModel(nn.Module):
         with torch.no_grad():
             combined = combine(
                 [
-                    Adapter(self.peft_config[n], t, {})
+                    plain_lora(Adapter(self.peft_config[n], t, {}, start_factors(self, n)))
                     for n, t in zip(adapters, tensors, strict=True)
                 ],
                 weights,
@@ -281,7 +289,8 @@ class PeftModel(nn.Module):
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         """Makes the parameters of these adapters trainable, or frozen."""
-        functional.set_requires_grad(self, adapter_names, requires_grad)
+        for _, module in wrappers(self):
+            module.set_requires_grad(adapter_names, requires_grad)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, adapters counted in both."""
@@ -307,6 +316,7 @@ class PeftModel(nn.Module):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
         *,
+        as_plain_lora: bool = False,
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -314,48 +324,30 @@ class PeftModel(nn.Module):
 
         The files are read back and compared before they replace older ones. Beside PEFT's fields the
         header of the safetensors file holds the base's fingerprint, versions and `self.run_settings`.
+
+        as_plain_lora: an adapter whose initialisation took its start out of the base's weights (PiSSA, OLoRA, …)
+        is written as an ordinary LoRA of rank 2r for the untouched base. PEFT's way to ask for it,
+        path_initial_model_for_weight_conversion, names the adapter saved before training; it is compared with
+        the start, which is known here. Without either the start is written beside the adapter.
         """
         if not safe_serialization:
             raise ConfigError(
                 "safe_serialization=False would write a pickle; only safetensors are written."
             )
-        if path_initial_model_for_weight_conversion is not None:
-            raise ConfigError(
-                "path_initial_model_for_weight_conversion belongs to initialisations that are not supported yet."
-            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.base_model.check_known(names)
         for name in names:
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            tensors = get_peft_model_state_dict(
-                self,
-                state_dict=state_dict,
-                adapter_name=name,
-                save_embedding_layers=save_embedding_layers,
-            )
+            adapter = adapter_of(self, name, state_dict, save_embedding_layers)
             if is_main_process:
-                config = dataclasses.replace(
-                    self.peft_config[name],
-                    inference_mode=True,
-                    auto_mapping=self._auto_mapping(name),
+                written = converted(
+                    adapter, name, as_plain_lora, path_initial_model_for_weight_conversion
                 )
-                write_adapter(folder, Adapter(config, tensors, self._metadata(name)))
+                write_adapter(folder, written)
+                if written is adapter:
+                    warn_of_other_readers(self, name, adapter.config)
         if is_main_process:
             self.create_or_update_model_card(save_directory)
-
-    def _auto_mapping(self, name: str) -> dict[str, str] | None:
-        """Which class the base is, where no task type says so: PEFT's AutoPeftModel reads it."""
-        if self.peft_config[name].task_type is not None:
-            return None
-        kind = type(self.get_base_model())
-        return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-
-    def _metadata(self, name: str) -> dict[str, Any]:
-        versions = {"lowrank": __version__, "torch": torch.__version__}
-        found: dict[str, Any] = {"versions": versions, "base": fingerprint(self, name)}
-        if self.run_settings:
-            found["run"] = self.run_settings
-        return found
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Writes a README.md for the hub, unless there is one."""
@@ -420,9 +412,16 @@ class PeftModel(nn.Module):
             )
         config = dataclasses.replace(config, inference_mode=not is_trainable)
         tensors, metadata = read_tensors(model_id, subfolder=subfolder, **kwargs)
+        start = read_start(model_id, config, metadata, subfolder=subfolder, **kwargs)
+        check_start(config, tensors, start, model_id)
         trainable = [parameter.requires_grad for parameter in model.parameters()]
         wrapped = _class_for(config)(
-            model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=strict
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype,
+            low_cpu_mem_usage=strict,
+            inits=inits_from(start),
         )
         try:
             saved_base = metadata if check_base else None
@@ -458,21 +457,34 @@ class PeftModel(nn.Module):
         config = PeftConfig.from_pretrained(
             model_id, subfolder, ignore_unknown=ignore_unknown, **kwargs
         )
+        start = read_start(model_id, config, metadata, subfolder=subfolder, **kwargs)
+        check_start(config, tensors, start, model_id)
         new = adapter_name not in self.peft_config
         known = {module for _, module in wrappers(self)}
         if new:
             config = dataclasses.replace(config, inference_mode=not is_trainable)
-            self.add_adapter(adapter_name, config, strict, autocast_adapter_dtype)
+            self.add_adapter(
+                adapter_name, config, strict, autocast_adapter_dtype, inits=inits_from(start)
+            )
         else:
             _check_scaling(config, self.peft_config[adapter_name], adapter_name, model_id)
         try:
             saved_base = metadata if check_base else None
-            return self._fill(adapter_name, tensors, saved_base, model_id, is_trainable, strict)
+            result = self._fill(adapter_name, tensors, saved_base, model_id, is_trainable, strict)
+            if not new:
+                self._restart(adapter_name, config.init_lora_weights, start)
+            return result
         except Exception:
             if new:
                 self.delete_adapter(adapter_name)
                 eject(self.get_base_model(), keep=known)
             raise
+
+    def _restart(self, name: str, init: bool | str, start: dict[str, Tensor]) -> None:
+        """Gives an adapter that is there the start that belongs to the tensors just loaded into it."""
+        here = self.peft_config[name]
+        replace_start(self, name, here.init_lora_weights, init, start)
+        here.init_lora_weights = init
 
     def _fill(
         self,

@@ -9,6 +9,7 @@ from lowrank.architectures import BYPASSED, WEIGHT_TAKEN
 from lowrank.bases.kinds import EMBEDDING, Kind, kind_of
 from lowrank.config import TASK_HEADS, LoraConfig
 from lowrank.errors import TargetError, listed
+from lowrank.init import taken_out
 from lowrank.lora import scaling_for
 from lowrank.matching import (
     ALL_LINEAR,
@@ -188,6 +189,12 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
     (
         lambda kind, module, config, r: config.init_lora_weights == "orthogonal" and r % 2 == 1,
         'init_lora_weights="orthogonal" needs an even r.',
+    ),
+    (
+        lambda kind, module, config, r: (
+            taken_out(config.init_lora_weights) and r > min(kind.shape(module))
+        ),
+        "init_lora_weights takes r directions out of the weight, which has fewer: lower r for it (rank_pattern), or leave it out.",
     ),
 ]
 

@@ -1,25 +1,22 @@
 """Start values of A and B. An initialisation is one function, written once on W (out, in).
 
 Each takes `read` (gives W when it is called, for the initialisations that look at it), the shape
-(out, in), r and the scaling, and returns A (r, in), B (out, r) in float32 and the change that it
-makes to W, or None.
+(out, in), r and the scaling, and returns a `Start`: A (r, in), B (out, r), both in float32, and whether
+scaling·B·A is taken out of W.
 """
 
 import math
+import re
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.init.start import Init, Start
+from lowrank.init.weight import olora, pissa
 
-class Start(NamedTuple):
-    A: Tensor  # (r, in)
-    B: Tensor  # (out, r)
-    base_change: Tensor | None = None  # (out, in), added to W
-
-
-Init = Callable[[Callable[[], Tensor], tuple[int, int], int, float], Start]
+__all__ = ["EMBEDDING_INITS", "INITS", "Init", "Start", "computed_again", "init_named", "taken_out"]
 
 
 def kaiming(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float) -> Start:
@@ -77,7 +74,37 @@ INITS: dict[bool | str, Init] = {
     False: random,
     "gaussian": gaussian,
     "orthogonal": orthogonal,
+    "pissa": pissa,
+    "olora": olora,
 }
 
 # An embedding's zero factor is A: it is a table with a row for each token, and B is shared by all.
 EMBEDDING_INITS: dict[bool | str, Init] = {**INITS, True: embedding, "gaussian": embedding}
+
+# Names whose start is taken out of W -> whether W alone gives that start again, here and in PEFT. Where
+# it does not, the start has to be kept beside the adapter.
+_TAKEN_OUT: dict[bool | str, bool] = {
+    "pissa": True,
+    "olora": True,
+    "corda": False,
+    "lora_ga": False,
+}
+_PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def init_named(name: bool | str, embedding: bool = False) -> Init:
+    """The initialisation that `init_lora_weights=name` means, for an embedding or for any other layer."""
+    iterations = _PISSA_NITER.fullmatch(name) if isinstance(name, str) else None
+    if iterations:
+        return partial(pissa, iterations=int(iterations[1]))
+    return (EMBEDDING_INITS if embedding else INITS)[name]
+
+
+def taken_out(name: bool | str) -> bool:
+    """Whether `init_lora_weights=name` takes its start out of W."""
+    return name in _TAKEN_OUT or (isinstance(name, str) and bool(_PISSA_NITER.fullmatch(name)))
+
+
+def computed_again(name: bool | str) -> bool:
+    """Whether the start that `name` took out of W follows from W, exactly, and for every library."""
+    return _TAKEN_OUT.get(name, False)

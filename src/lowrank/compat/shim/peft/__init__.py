@@ -1,13 +1,6 @@
 """lowrank under PEFT's name. This package holds no code: what it gives is lowrank's own."""
 
 from lowrank import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
     LoraConfig,
     LoraModel,
     LoraRuntimeConfig,
@@ -21,53 +14,22 @@ from lowrank import (
     PeftModelForTokenClassification,
     PeftType,
     TaskType,
-    cast_mixed_precision_params,
-    get_base_model_state_dict,
-    get_layer_status,
-    get_model_status,
-    get_peft_config,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
-    load_peft_weights,
     prepare_model_for_kbit_training,
-    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from lowrank.compat import absent
-from lowrank.compat.absent import *  # noqa: F403
-from lowrank.compat.names import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
-    NoMatchingPeftModuleError,
-    PeftError,
-    PeftWarning,
-)
-from lowrank.peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from lowrank.compat.absent import PeftMixedModel
 
 __version__ = "0.21.2+lowrank"
 
 __all__ = [
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
-    "NoMatchingPeftModuleError",
     "PeftConfig",
-    "PeftError",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -76,19 +38,11 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
-    "PeftWarning",
     "TaskType",
-    "cast_mixed_precision_params",
-    "get_base_model_state_dict",
-    "get_layer_status",
-    "get_model_status",
-    "get_peft_config",
+    "__version__",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
-    "load_peft_weights",
     "prepare_model_for_kbit_training",
-    "set_base_model_state_dict",
     "set_peft_model_state_dict",
-    *absent.__all__,
 ]

@@ -1,4 +1,0 @@
-from lowrank import LoraConfig, LoraModel, LoraRuntimeConfig
-from lowrank.compat.absent import *  # noqa: F403
-
-__all__ = ["LoraConfig", "LoraModel", "LoraRuntimeConfig"]

@@ -1,3 +1,0 @@
-from lowrank.compat.absent import LoHaConfig, LoHaModel
-
-__all__ = ["LoHaConfig", "LoHaModel"]

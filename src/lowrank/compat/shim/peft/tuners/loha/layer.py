@@ -1,3 +1,0 @@
-from lowrank.compat.absent import LoHaLayer
-
-__all__ = ["LoHaLayer"]

@@ -1,3 +1,0 @@
-from lowrank.compat.absent import LoKrConfig, LoKrModel
-
-__all__ = ["LoKrConfig", "LoKrModel"]

@@ -1,3 +1,0 @@
-from lowrank.compat.absent import LoKrLayer, factorization
-
-__all__ = ["LoKrLayer", "factorization"]

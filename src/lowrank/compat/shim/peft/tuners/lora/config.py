@@ -1,3 +1,0 @@
-from lowrank import LoraConfig, LoraRuntimeConfig
-
-__all__ = ["LoraConfig", "LoraRuntimeConfig"]

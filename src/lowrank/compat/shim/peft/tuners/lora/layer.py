@@ -1,3 +1,0 @@
-from lowrank import LoraLayer
-
-__all__ = ["LoraLayer"]

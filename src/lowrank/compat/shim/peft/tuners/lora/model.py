@@ -1,3 +1,0 @@
-from lowrank import LoraModel
-
-__all__ = ["LoraModel"]

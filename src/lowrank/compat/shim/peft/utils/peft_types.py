@@ -1,3 +1,0 @@
-from lowrank import PeftType, TaskType
-
-__all__ = ["PeftType", "TaskType"]

@@ -1,0 +1,69 @@
+"""Initialisations that look at W: PiSSA and OLoRA. Each takes its start out of W."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank.init.start import Start
+
+_OVERSAMPLING = 8  # columns beyond r that a randomised SVD works with: Halko et al. 2011, §4.2
+
+
+class SVD(NamedTuple):
+    """M ≈ U·diag(S)·Vh, the largest singular values first."""
+
+    U: Tensor  # (out, r)
+    S: Tensor  # (r,)
+    Vh: Tensor  # (r, in)
+
+
+def pissa(
+    read: Callable[[], Tensor],
+    shape: tuple[int, int],
+    r: int,
+    scaling: float,
+    iterations: int | None = None,
+) -> Start:
+    """The r largest singular triplets: B = U_r·√(S_r/s), A = √(S_r/s)·V_rᵀ (Meng et al. 2024, eq. 2–4).
+
+    What stays of W is W_res = W − s·B·A (ibid., eq. 5), so that the scaling s changes nothing at the start.
+    iterations: None for an exact SVD, else of the randomised one. Float32, or W's float64.
+    """
+    W = _wide(read())
+    found = svd(W, r) if iterations is None else randomised_svd(W, r, iterations)
+    root = (found.S / scaling).sqrt()
+    return Start(root[:, None] * found.Vh, found.U * root, taken_out=True)
+
+
+def olora(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float) -> Start:
+    """B = Q_r and A = R_r of W = Q·R: the first r columns and rows (Büyükakyüz 2024, Algorithm 1)."""
+    Q, R = torch.linalg.qr(_wide(read()))
+    return Start(R[:r].contiguous(), Q[:, :r].contiguous(), taken_out=True)
+
+
+def svd(M: Tensor, r: int) -> SVD:
+    """The r largest singular triplets of M (out, in), exactly."""
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    return SVD(U[:, :r], S[:r], Vh[:r])
+
+
+def randomised_svd(M: Tensor, r: int, iterations: int) -> SVD:
+    """The r largest singular triplets of M (out, in), nearly: Halko et al. 2011, Algorithms 4.4 and 5.1.
+
+    The same M gives the same result: the random numbers are its own, and none of torch's is drawn.
+    """
+    width = min(r + _OVERSAMPLING, *M.shape)
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(M.shape[1], width, generator=generator, dtype=M.dtype, device="cpu")
+    Q = torch.linalg.qr(M @ sketch.to(M.device)).Q
+    for _ in range(iterations):
+        Q = torch.linalg.qr(M.T @ Q).Q
+        Q = torch.linalg.qr(M @ Q).Q
+    small = svd(Q.T @ M, r)
+    return small._replace(U=Q @ small.U)
+
+
+def _wide(W: Tensor) -> Tensor:
+    return W.detach().to(torch.promote_types(W.dtype, torch.float32))
