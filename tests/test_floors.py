@@ -34,6 +34,7 @@ ROWS: list[tuple[int, str]] = [
     (4, "start_factors"),
     (4, "adapter_layers"),
     (4, "combine unload"),
+    (4, "formats"),
     (5, "card compat embedded lora_model model_folder"),
     (5, "saving"),
     (5, "peft"),

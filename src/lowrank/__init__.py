@@ -25,6 +25,7 @@ _PUBLIC = {
     "PeftType": "config",
     "Target": "targets",
     "TaskType": "config",
+    "convert": "formats",
     "create_loraplus_optimizer": "train.loraplus",
     "delta_weight": "lora",
     "get_peft_model": "peft",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from lowrank.adapter_file import Adapter, read_adapter, write_adapter
     from lowrank.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
     from lowrank.errors import LowrankError
+    from lowrank.formats import convert
     from lowrank.layer import LoraLayer
     from lowrank.lora import Lora, delta_weight, merged_weight
     from lowrank.lora_model import (

@@ -67,7 +67,7 @@ def read_start(
     if "start" not in metadata and not taken_out(config.init_lora_weights):
         return {}
     weights = adapter_file(path, START_NAME, subfolder=subfolder, required=False, **hub)
-    return {} if weights is None else _read(weights)[0]
+    return {} if weights is None else load_tensors(weights)[0]
 
 
 def read_tensors(
@@ -82,7 +82,7 @@ def read_tensors(
                 f"{path} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}: it is not a saved adapter."
             )
         raise AdapterFileError(_pickle_text(pickle))
-    tensors, header = _read(weights)
+    tensors, header = load_tensors(weights)
     try:
         metadata = json.loads(header.get(METADATA_KEY, "{}"))
     except json.JSONDecodeError as error:
@@ -94,13 +94,20 @@ def read_tensors(
     return tensors, metadata
 
 
-def _read(weights: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its header. Raises AdapterFileError if it is broken."""
     try:
-        with safe_open(weights, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise AdapterFileError(f"{weights} is not a whole safetensors file: {error}") from error
+        raise AdapterFileError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Writes a safetensors file, reads it back and compares. Raises AdapterFileError if what was read differs."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(_unshared(tensors), path, metadata={"format": "pt", **header})
+    _check_written(path, tensors)
 
 
 def write_adapter(path: str | PathLike, adapter: Adapter) -> None:
@@ -111,24 +118,18 @@ def write_adapter(path: str | PathLike, adapter: Adapter) -> None:
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt"}
+    header = {}
     metadata = {**adapter.metadata, "start": START_NAME} if adapter.start else adapter.metadata
     if metadata:
         header[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
     with replacing(folder / WEIGHTS_NAME) as weights, replacing(folder / CONFIG_NAME) as config:
-        _write(weights, adapter.tensors, header)
+        save_tensors(weights, adapter.tensors, header)
         config.write_text(adapter.config.to_json_string(), encoding="utf-8")
         if adapter.start:
             with replacing(folder / START_NAME) as start:
-                _write(start, adapter.start, {"format": "pt"})
+                save_tensors(start, adapter.start, {})
     if not adapter.start:
         (folder / START_NAME).unlink(missing_ok=True)  # an older adapter's
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(_unshared(tensors), path, metadata=header)
-    _check_written(path, tensors)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -91,10 +91,13 @@ def read_layers(adapter: Adapter) -> Read:
     return Read(layers, rest, problems)
 
 
-def pattern_of(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
+def pattern_of(
+    values: Mapping[str, Number], default: Number, start: str = "^"
+) -> dict[str, Number]:
     """rank_pattern or alpha_pattern for the paths whose value is not `default`.
 
-    By the path's last name where the value is the same for all that end in it.
+    By the path's last name where the value is the same for all that end in it. start: "" if the model's
+    paths may begin with more.
     """
     by_ending: dict[str, set[Number]] = {}
     for path, value in values.items():
@@ -104,6 +107,6 @@ def pattern_of(values: Mapping[str, Number], default: Number) -> dict[str, Numbe
         ending = path.rpartition(".")[2]
         if value != default:
             # "^": a key also matches as the end of a longer path
-            key = re.escape(ending) if len(by_ending[ending]) == 1 else "^" + re.escape(path)
+            key = re.escape(ending) if len(by_ending[ending]) == 1 else start + re.escape(path)
             pattern[key] = value
     return pattern

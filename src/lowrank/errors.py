@@ -52,6 +52,10 @@ class CombineError(LowrankError, ValueError):
     """Adapters that cannot be combined, or not by that method. Nothing was written or changed."""
 
 
+class ConvertError(LowrankError, ValueError):
+    """An adapter that the other format cannot hold, or a file that is of none. Nothing was written."""
+
+
 class NotTrainableError(LowrankError, RuntimeError):
     """A training step on a model in which nothing can be trained."""
 
