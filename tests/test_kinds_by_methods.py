@@ -32,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "rslora+dora": {"use_rslora": True, "use_dora": True},
     "lora_bias": {"lora_bias": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora+rslora+dora": {"init_lora_weights": "olora", "use_rslora": True, "use_dora": True},
 }
 R, ALPHA = 3, 5
 
@@ -350,7 +352,9 @@ def adapted(case: Case, method: str, dtype: torch.dtype, names=("default",), **o
         inject(holder, plan(holder, config), name, init=config.init_lora_weights)
     for key, parameter in adapter_parameters(holder):
         with torch.no_grad():
-            if "magnitude" in key:
+            if config.init_lora_weights is not True and "magnitude" not in key:
+                parameter += torch.randn_like(parameter) * 0.3
+            elif "magnitude" in key:
                 parameter *= torch.rand_like(parameter) + 0.6
             else:
                 parameter.copy_(torch.randn_like(parameter) * (1.0 if "bias" in key else 0.5))
@@ -385,7 +389,7 @@ def exact(case: Case, layer: LoraLayer, method: str, name: str = "default") -> E
     scaling = ALPHA / math.sqrt(R) if "rslora" in method else ALPHA / R
     base = layer.base_layer
     W = case.matrix(base._parameters[case.weight].detach().double())
-    V = W + scaling * B.reshape(-1, R) @ A.reshape(R, -1)
+    V = W - taken_out(W, method, scaling) + scaling * B.reshape(-1, R) @ A.reshape(R, -1)
     if m is not None:
         V = m.view(-1, 1) * V / V.detach().square().sum(1, keepdim=True).sqrt()
     bias = base._parameters.get(case.bias)
@@ -393,6 +397,17 @@ def exact(case: Case, layer: LoraLayer, method: str, name: str = "default") -> E
     if b is not None:
         bias = scaling * b if bias is None else bias + scaling * b
     return Exact(A, B, m, b, V, bias)
+
+
+def taken_out(W: Tensor, method: str, scaling: float) -> Tensor | float:
+    """What the initialisation takes out of W: PiSSA the best approximation of rank r, OLoRA s·Q_r·R_r."""
+    if "pissa" in method:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :R] @ torch.diag(S[:R]) @ Vh[:R]
+    if "olora" in method:
+        Q, upper = torch.linalg.qr(W)
+        return scaling * Q[:, :R] @ upper[:R]
+    return 0.0
 
 
 def adapter_parameters_of(layer: LoraLayer, name: str) -> list[tuple[str, nn.Parameter]]:

@@ -14,6 +14,8 @@ import transformers
 from folders import InProcess, edit_config, rewrite, tensors_of, write_adapter_for, write_base
 
 import lowrank.verify as verifying
+from lowrank import LoraConfig, get_peft_model
+from lowrank.errors import AdapterMismatchError
 from lowrank.merge import merge_to_folder
 from lowrank.model_folder import load_model
 from lowrank.verify import probe, verify
@@ -431,3 +433,36 @@ def test_the_result_is_json(llama):
     assert json.loads(text)["passed"] is False
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.passed = True
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["start saved", "start computed"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_a_start_that_was_taken_out_is_taken_out_again(init, beside, tmp_path):
+    """W + s·(B·A − B₀·A₀): merged, verified, and wrong where B₀·A₀ is forgotten."""
+    base = write_base(tiny.llama(), tmp_path / "base")
+    model = get_peft_model(
+        load_model(base, "CAUSAL_LM", dtype=torch.float32).model,
+        LoraConfig(
+            r=3,
+            lora_alpha=5,
+            target_modules=["q_proj", "down_proj"],
+            init_lora_weights=init,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    tiny.randomise(model).save_pretrained(tmp_path / "adapter")
+    if not beside:
+        (tmp_path / "adapter" / "lora_start.safetensors").unlink()
+    if not beside and init == "pissa_niter_2":
+        with pytest.raises(AdapterMismatchError, match="'pissa_niter_2' took out"):
+            merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged")
+        return
+    merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", "CAUSAL_LM").model
+    torch.testing.assert_close(tiny.logits(merged), tiny.logits(model.eval()), atol=1e-5, rtol=1e-5)
+    assert verify(base, tmp_path / "adapter", tmp_path / "merged").passed
+    layer = merged.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.weight += 1e-3
+    merged.save_pretrained(tmp_path / "wrong")
+    assert not verify(base, tmp_path / "adapter", tmp_path / "wrong").passed

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowrank.init import EMBEDDING_INITS, INITS
+from lowrank.init import EMBEDDING_INITS, INITS, init_named
 
 OUT, IN, R = 300, 700, 6
 RANDOM = [True, False, "gaussian", "orthogonal"]
@@ -124,3 +124,93 @@ def test_the_sizes_are_pefts(name):
         found = table[name](no_read, (OUT, IN), R, 2.0)
         assert found.A.std() == pytest.approx(A.std().item(), rel=0.1)
         assert found.B.std() == pytest.approx(B.std().item(), rel=0.1)
+
+
+# --- those that look at W -------------------------------------------------------------------------
+
+SHAPES = [(9, 14), (14, 9), (7, 7)]
+EPS = torch.finfo(torch.float32).eps
+
+
+def weight(shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def looked(name, W, r, scaling):
+    return init_named(name)(lambda: W, tuple(W.shape), r, scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scaling", [1.0, 2.5])
+def test_pissa_is_the_r_largest_singular_triplets(shape, dtype, scaling):
+    """Meng et al. 2024, eq. 2–5: A = √S_r·V_rᵀ, B = U_r·√S_r, W_res = U[r:]·S[r:]·V[r:]ᵀ = W − A·B."""
+    W, r = weight(shape, dtype), 3
+    found = looked("pissa", W, r, scaling)
+    assert found.taken_out
+    assert found.A.dtype == found.B.dtype == torch.float32
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    residual = U[:, r:] @ torch.diag(S[r:]) @ Vh[r:]
+    A, B = found.A.double(), found.B.double()
+    torch.testing.assert_close(W.double() - scaling * B @ A, residual, atol=40 * EPS, rtol=0)
+    # the singular values shared equally, and nothing but them: signs of the vectors are free
+    root = torch.diag(S[:r] / scaling)
+    torch.testing.assert_close(A @ A.T, root, atol=40 * EPS, rtol=0)
+    torch.testing.assert_close(B.T @ B, root, atol=40 * EPS, rtol=0)
+    torch.testing.assert_close((A @ Vh[:r].T).abs(), root.sqrt(), atol=40 * EPS, rtol=0)
+
+
+def test_pissa_niter_nears_the_exact_one_with_its_iterations():
+    """Slowly falling singular values, the hard case: the residual's norm against the best there is."""
+    U, V = (torch.linalg.qr(weight((n, 60), seed=n).double()).Q for n in (80, 60))
+    S = 0.97 ** torch.arange(60.0, dtype=torch.float64)
+    W, r = (U * S) @ V.T, 6
+    best = S[r:].norm()
+    excess = []
+    for name in ("pissa_niter_0", "pissa_niter_2", "pissa_niter_16"):
+        found = looked(name, W, r, 2.0)
+        assert found.A.dtype == torch.float64
+        excess.append(((W - 2.0 * found.B @ found.A).norm() / best - 1).item())
+    assert excess[0] > excess[1] > excess[2] > -1e-12
+    assert excess[2] < 1e-3
+
+
+def test_pissa_niter_is_the_same_each_time_and_draws_no_numbers_of_others():
+    W = weight((40, 30))
+    state = torch.get_rng_state()
+    one = looked("pissa_niter_2", W, 4, 1.0)
+    torch.manual_seed(9)
+    other = looked("pissa_niter_2", W.clone(), 4, 1.0)
+    assert torch.equal(one.A, other.A)
+    assert torch.equal(one.B, other.B)
+    torch.set_rng_state(state)
+    looked("pissa_niter_2", W, 4, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_olora_is_the_first_part_of_the_qr_decomposition(shape, dtype):
+    """Büyükakyüz 2024, Algorithm 1: B = Q[:, :r] orthonormal, A = R[:r] upper triangular."""
+    W, r = weight(shape, dtype), 4
+    found = looked("olora", W, r, 2.5)
+    assert found.taken_out
+    A, B = found.A.double(), found.B.double()
+    assert not A.tril(-1).any()
+    torch.testing.assert_close(B.T @ B, torch.eye(r).double(), atol=40 * EPS, rtol=0)
+    Q, upper = torch.linalg.qr(W.double())
+    torch.testing.assert_close(B @ A, Q[:, :r] @ upper[:r], atol=40 * EPS, rtol=0)
+    # W's first r columns are nothing but those of B·A
+    torch.testing.assert_close((B @ A)[:, :r], W.double()[:, :r], atol=40 * EPS, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora"])
+def test_any_rank_up_to_the_full_one(name):
+    W = weight((6, 9))
+    for r in (1, 6):
+        found = looked(name, W, r, 3.0)
+        assert found.A.shape == (r, 9)
+        assert found.B.shape == (6, r)
+        assert found.A.is_contiguous()
+    if name != "olora":
+        torch.testing.assert_close(3.0 * found.B @ found.A, W, atol=1e-5, rtol=0)

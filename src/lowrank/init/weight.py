@@ -34,13 +34,15 @@ def pissa(
     W = _wide(read())
     found = svd(W, r) if iterations is None else randomised_svd(W, r, iterations)
     root = (found.S / scaling).sqrt()
-    return Start(root[:, None] * found.Vh, found.U * root, taken_out=True)
+    A, B = root[:, None] * found.Vh, found.U * root
+    return Start(A.contiguous(), B.contiguous(), taken_out=True)
 
 
 def olora(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float) -> Start:
     """B = Q_r and A = R_r of W = Q·R: the first r columns and rows (Büyükakyüz 2024, Algorithm 1)."""
     Q, R = torch.linalg.qr(_wide(read()))
-    return Start(R[:r].contiguous(), Q[:, :r].contiguous(), taken_out=True)
+    A, B = R[:r], Q[:, :r]
+    return Start(A.contiguous(), B.contiguous(), taken_out=True)
 
 
 def svd(M: Tensor, r: int) -> SVD:
