@@ -78,13 +78,97 @@ def bert(kind=transformers.BertForMaskedLM, dtype=torch.float64, seed=0, **optio
     return _built(kind, config, dtype, seed)
 
 
+def mixtral(dtype=torch.float64, seed=0, **options):
+    """Experts of (32, 24) and (24, 16), three of them, of which a token meets two."""
+    config = transformers.MixtralConfig(
+        vocab_size=93,
+        hidden_size=24,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **options,
+    )
+    return _built(transformers.MixtralForCausalLM, config, dtype, seed)
+
+
+def qwen3_moe(dtype=torch.float64, seed=0):
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=93,
+        hidden_size=24,
+        intermediate_size=28,
+        moe_intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        num_experts=5,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _built(transformers.Qwen3MoeForCausalLM, config, dtype, seed)
+
+
+def gpt_oss(dtype=torch.float64, seed=0):
+    """Experts held transposed, (24, 32) and (16, 24), with biases."""
+    config = transformers.GptOssConfig(
+        vocab_size=93,
+        hidden_size=24,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _built(transformers.GptOssForCausalLM, config, dtype, seed)
+
+
+def llama4(dtype=torch.float64, seed=0):
+    """Experts held transposed, (24, 32) and (16, 24), which their module does not say."""
+    config = transformers.Llama4TextConfig(
+        vocab_size=93,
+        hidden_size=24,
+        intermediate_size=16,
+        intermediate_size_mlp=28,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _built(transformers.Llama4ForCausalLM, config, dtype, seed)
+
+
 def _built(kind, config, dtype, seed):
     """A model whose biases and norms are random too: zeros and ones would hide mistakes."""
     torch.manual_seed(seed)
     model = kind(config).to(dtype).eval()
+    if dtype == torch.float64 and hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"  # torch's grouped_mm knows no float64
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 

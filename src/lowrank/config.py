@@ -54,7 +54,6 @@ _DATA_INITIALISATIONS = ("loftq", "eva", "corda", "lora_ga", "mica")
 # field -> why a value other than its default is refused
 _REFUSED = {
     "trainable_token_indices": "training single embedding rows is not supported yet; use modules_to_save for the whole embedding",
-    "target_parameters": "adapting bare parameters (fused experts) is not supported yet",
     "layer_replication": "stacking copies of layers is not supported yet",
     "ensure_weight_tying": "tied weights are untied when merged; keeping them tied is not supported yet",
     "alora_invocation_tokens": "activated LoRA is not supported yet",
@@ -196,6 +195,8 @@ class LoraConfig(PeftConfig):
     r: rank. lora_alpha: ΔW = (lora_alpha / r)·B·A, or / √r with use_rslora.
     target_modules: names or suffixes of module paths, a regular expression that a whole path must match,
         "all-linear" (every linear layer but the output head), or None for the architecture's default.
+    target_parameters: names or suffixes of parameter paths, as `experts.gate_up_proj`: fused experts (3-D) and
+        other parameters that no module of their own holds. With target_modules=[] nothing else is adapted.
     exclude_modules: names, suffixes or a regular expression that are left out.
     bias: "none", "lora_only" (train the targeted layers' own biases) or "all".
     modules_to_save: modules trained and saved whole, beside the adapter.
@@ -242,7 +243,7 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if not _are_names(value):
                 continue
@@ -328,11 +329,12 @@ class LoraConfig(PeftConfig):
                 found.append(
                     f"{name}={value!r} must be a list of names, or one regular expression."
                 )
-        saved = self.modules_to_save
-        if isinstance(saved, str):
-            found.append(f"modules_to_save={saved!r} must be a list: [{saved!r}].")
-        elif not (saved is None or _are_names(saved)):
-            found.append(f"modules_to_save={saved!r} must be a list of names.")
+        for name in ("modules_to_save", "target_parameters"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                found.append(f"{name}={value!r} must be a list: [{value!r}].")
+            elif not (value is None or _are_names(value)):
+                found.append(f"{name}={value!r} must be a list of names.")
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), Mapping):
                 found.append(f"{name}={getattr(self, name)!r} must map names to numbers.")

@@ -18,7 +18,9 @@ from torch import Tensor
 from lowrank.errors import AdapterMismatchError
 
 PREFIX = "base_model.model."
-LORA_KEY = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?")
+LORA_KEY = re.compile(
+    r"(.+?)((?:\.base_layer)*)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?"
+)
 
 
 class Change(NamedTuple):
@@ -38,6 +40,7 @@ class Fields(Protocol):
     alpha_pattern: Any
     modules_to_save: Any
     init_lora_weights: Any
+    target_parameters: Any
 
 
 def changes(
@@ -50,48 +53,58 @@ def changes(
     """Every tensor of the base that the adapter changes, one at a time, as float64.
 
     weights: the base's state dict, tied names each listed. tensors: the adapter's file, PEFT's keys.
-    held_transposed: the names in `weights` held as (in, out), which is what `conv1d_weights` finds.
+    held_transposed: the names in `weights` held as (in, out), which is what `transposed_weights` finds.
     LoRA: W + scaling·B·A (Hu et al. 2021, §4.1). DoRA: m ⊙ V / ‖V‖ by row, V = W + scaling·B·A
     (Liu et al. 2024, eq. 5). Tensors that the file holds whole replace the base's.
     Where the initialisation took scaling·B₀·A₀ out of W, that is subtracted: from `start` (the file beside
     the adapter's, same keys), or computed from W for PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024).
     Raises AdapterMismatchError, with every such key, if a key belongs to nothing in `weights`.
     """
-    lora, saved, strangers = _sort(weights, tensors)
-    starts = _sort(weights, start or {})[0]
+    lora, saved, strangers = _sort(weights, tensors, config)
+    starts = _sort(weights, start or {}, config)[0]
     saved |= _tied_copies(saved, weights, config)
+    lora.pop("", None)
     if strangers:
         raise AdapterMismatchError(
             f"{len(strangers)} of the adapter's {len(tensors)} tensors belong to nothing in the base:\n  "
             + "\n  ".join(sorted(strangers)[:20])
             + "\nWas the adapter trained on this base, and for this task?"
         )
-    for path, parts in lora.items():
-        yield from _adapted(path, parts, weights, saved, config, held_transposed, starts.get(path))
+    for name, (path, parts) in lora.items():
+        _, begin = starts.get(name, (path, None))
+        yield from _adapted(name, path, parts, weights, saved, config, held_transposed, begin)
     for name, value in saved.items():
         before = weights[name].double()
         after = value.double()
         yield Change(name, before if before.shape == after.shape else 0 * after, after, saved=True)
 
 
-def _sort(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]):
-    """The file's tensors as {path: {part: tensor}} (LoRA), {name: tensor} (saved), [key] (neither)."""
-    lora: dict[str, dict[str, Tensor]] = {}
+def _sort(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: Fields):
+    """The file's tensors as {name: (path, {part: tensor})} (LoRA), {name: tensor} (saved), [key] (neither).
+
+    A LoRA's name is that of the weight; its path is what alpha_pattern is matched against.
+    """
+    lora: dict[str, tuple[str, dict[str, Tensor]]] = {}
     saved: dict[str, Tensor] = {}
     strangers: list[str] = []
     for key, value in tensors.items():
         if ".original_module." in key or ".modules_to_save." in key:
             continue  # with bias="all" PEFT writes these beside the same tensor under its proper key
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        match = LORA_KEY.fullmatch(name)
+        match = LORA_KEY.fullmatch(key.removeprefix(PREFIX))
         if match:
-            path, part, what = match.groups()
-            known = _weight_name(path, weights) is not None
+            path, within, part, what = match.groups()
+            path = path.replace(".base_layer.", ".")
+            depth = within.count(".base_layer")
+            name = _bare_weight(path, depth, weights, config)
+            own, name = (name, name) if name else (path, _weight_name(path, weights))
+            known = name is not None
             part = "lora_bias" if what == "bias" else part.replace("embedding_", "")
-            if "lora_embedding" in name:
-                lora.setdefault(path, {})["embedding"] = value
-            lora.setdefault(path, {})[part] = value
+            parts = lora.setdefault(name or "", (own, {}))[1]
+            if "lora_embedding" in key:
+                parts["embedding"] = value
+            parts[part] = value
         else:
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             known = name in weights
             saved[name] = value
         if not known:
@@ -120,7 +133,23 @@ def _weight_name(path: str, weights: Mapping[str, Tensor]) -> str | None:
     return next((name for name in names if name in weights), None)
 
 
+def _bare_weight(
+    path: str, depth: int, weights: Mapping[str, Tensor], config: Fields
+) -> str | None:
+    """The weight named in target_parameters that the tensors at `path` adapt, in `depth` base_layers.
+
+    Of those of one module, the last is outermost, in the order of `weights`.
+    """
+    if not config.target_parameters:
+        return None
+    wanted = tuple(f".{name}" for name in config.target_parameters)
+    own = [name for name in weights if name.rpartition(".")[0] == path]
+    bare = [name for name in own if f".{name}".endswith(wanted)]
+    return bare[-1 - depth] if depth < len(bare) else None
+
+
 def _adapted(
+    name: str,
     path: str,
     parts: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
@@ -129,15 +158,21 @@ def _adapted(
     held_transposed: frozenset[str],
     start: Mapping[str, Tensor] | None,
 ) -> Iterator[Change]:
-    name = _weight_name(path, weights)
-    assert name is not None
     A, B = parts["lora_A"].double(), parts["lora_B"].double()
-    scaling = _scaling(path, A.shape[0], config)
     # an embedding saved beside its LoRA (a resized vocabulary) is the base that the LoRA stands on
     held = saved.pop(name, weights[name]).double()
     transposed = "embedding" in parts or name in held_transposed
-    W = held.T if transposed else held.flatten(1)  # (out, in)
-    delta = scaling * (B.flatten(1) @ A.flatten(1))  # (out, in)
+    bare = path == name
+    experts = len(held) if bare and held.ndim == 3 else 1
+    scaling = _scaling(path, A.shape[0] // experts, config)
+    W = held.mT if transposed else held if bare else held.flatten(1)  # (*expert, out, in)
+    if bare and held.ndim == 3 and A.shape[0] % experts == 0 and B[0].numel() == A.shape[0]:
+        # PEFT's order: an expert's r rows of A stand together, its r columns of B stand `experts` apart
+        r = A.shape[0] // experts
+        each = [B[:, e::experts] @ A[e * r : e * r + r] for e in range(experts)]
+        delta = scaling * torch.stack(each)
+    else:
+        delta = scaling * (B.flatten(1) @ A.flatten(1))  # (out, in)
     if delta.shape != W.shape:
         raise AdapterMismatchError(
             f"{path}: the adapter makes a change of shape {tuple(delta.shape)} "
@@ -150,7 +185,7 @@ def _adapted(
     if magnitude is not None:
         m = magnitude.double().reshape(-1, 1)
         merged = m * merged / merged.norm(dim=1, keepdim=True)
-    merged = merged.T if transposed else merged.reshape(held.shape)
+    merged = merged.mT if transposed else merged.reshape(held.shape)
     yield Change(name, held, merged, saved=False)
 
     if "lora_bias" in parts:
@@ -200,12 +235,14 @@ def _scaling(path: str, r: int, config: Fields) -> float:
     return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 
-def conv1d_weights(model: torch.nn.Module) -> frozenset[str]:
-    """The names of weights held as (in, out): those of transformers' Conv1D (GPT-2)."""
+def transposed_weights(model: torch.nn.Module) -> frozenset[str]:
+    """The names of weights held as (in, out): transformers' Conv1D (GPT-2), and experts that say so (GPT-OSS)."""
     return frozenset(
-        f"{path}.weight"
+        f"{path}.{name}"
         for path, module in model.named_modules()
-        if type(module).__name__ == "Conv1D"
+        for name, parameter in module.named_parameters(recurse=False)
+        if (type(module).__name__ == "Conv1D" and name == "weight")
+        or (getattr(module, "is_transposed", False) is True and parameter.ndim == 3)
     )
 
 

@@ -5,15 +5,17 @@ float32, bfloat16 or float16 gives the same fingerprint up to a few last places.
 """
 
 import base64
+import math
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.bases.kinds import is_bare
 from lowrank.errors import BaseMismatchError
 from lowrank.log import logger
-from lowrank.wrappers import lora_layers
+from lowrank.wrappers import lora_chains
 
 ENTRIES = 32
 
@@ -24,12 +26,15 @@ def fingerprint(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     Empty if the weights are not there (meta device).
     """
     weights = {}
-    for path, layer in lora_layers(model):
-        if adapter_name in layer.r:
+    for path, chain in lora_chains(model):
+        for layer in reversed(chain):
+            if adapter_name not in layer.r:
+                continue
             W = layer.unmerged_weight()
             if W.device.type == "meta":
                 return {}
-            weights[_base_path(path)] = {"shape": list(W.shape), "sample": _encode(_sample(W))}
+            key = _base_path(path) + (f".{layer.kind.weight}" if is_bare(layer.kind) else "")
+            weights[key] = {"shape": list(W.shape), "sample": _encode(_sample(W))}
     base = _base(model)
     return {
         "architecture": type(base).__name__,
@@ -111,15 +116,11 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 
 def _sample(W: Tensor) -> Tensor:
-    """ENTRIES entries of W (out, in), spread over its rows and columns; bfloat16, on the CPU."""
-    out, in_ = W.shape
+    """ENTRIES entries of W (*expert, out, in), spread over its rows and columns; bfloat16, on the CPU."""
+    *rows, in_ = W.shape
     k = torch.arange(ENTRIES, device=W.device)
-    return (
-        W.detach()[k * out // ENTRIES, (k * 7919 + 13) % in_]
-        .to(torch.float32)
-        .to(torch.bfloat16)
-        .cpu()
-    )
+    row = torch.unravel_index(k * math.prod(rows) // ENTRIES, tuple(rows))
+    return W.detach()[(*row, (k * 7919 + 13) % in_)].to(torch.float32).to(torch.bfloat16).cpu()
 
 
 def _encode(sample: Tensor) -> str:

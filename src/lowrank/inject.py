@@ -44,15 +44,20 @@ def inject(
     routing = next((module.routing for _, module in wrappers(model)), Routing())
     for path in saved:
         make_saved = partial(ModulesToSaveWrapper, routing=routing)
-        wrapper: Any = _wrap(references, _find(model, path), make_saved)
+        place = _find(model, path)
+        wrapper: Any = (
+            place
+            if isinstance(place, ModulesToSaveWrapper)
+            else _wrap(references, place, make_saved)
+        )
         wrapper.add_adapter(name)
     for i, target in enumerate(targets):
         if taken_out(init) and target.path not in (inits or {}) and not meta:
             logger.info("%s: %d of %d, %s", init, i + 1, len(targets), target.path)
-        place = _find(model, target.path)
+        place = _find(model, target.module_path)
         make_layer = partial(LoraLayer, kind=target.kind, routing=routing)
-        layer: Any = _wrap(references, place, make_layer)
-        low = layer.base_layer._parameters[layer.kind.weight].dtype in (
+        layer: Any = _layer_of(place, target.kind.weight) or _wrap(references, place, make_layer)
+        low = layer.get_base_layer()._parameters[layer.kind.weight].dtype in (
             torch.float16,
             torch.bfloat16,
         )
@@ -108,6 +113,8 @@ def eject(
             continue
         if isinstance(module, LoraLayer):
             inner = module.base_layer
+            while isinstance(inner, LoraLayer) and inner not in keep:
+                inner = inner.base_layer
         elif copies_of is None:
             inner = module.running_module
         else:
@@ -122,13 +129,18 @@ def eject(
 def _wrap(
     references: dict[int, list[tuple[nn.Module, str]]], place: nn.Module, make: Callable
 ) -> Wrapper:
-    """`place` if it is a wrapper already; else a new one, put under every name that `place` has."""
-    if isinstance(place, LoraLayer | ModulesToSaveWrapper):
-        return place
+    """A new wrapper around `place`, put under every name that `place` has."""
     wrapper = make(place)
     for parent, attribute in references[id(place)]:
         setattr(parent, attribute, wrapper)
+    references[id(wrapper)] = references.pop(id(place))
     return wrapper
+
+
+def _layer_of(place: nn.Module, weight: str) -> LoraLayer | None:
+    """The layer at `place` that adapts this parameter of the module, if there is one."""
+    chain = place.chain() if isinstance(place, LoraLayer) else []
+    return next((layer for layer in chain if layer.kind.weight == weight), None)
 
 
 def _find(model: nn.Module, path: str) -> nn.Module:
@@ -136,7 +148,7 @@ def _find(model: nn.Module, path: str) -> nn.Module:
     module = model
     for attribute in path.split("."):
         if isinstance(module, LoraLayer):
-            module = module.base_layer
+            module = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
         module = module._modules[attribute]  # type: ignore[assignment]

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lowrank.bases.kinds import EMBEDDING, Kind
+from lowrank.bases.kinds import EMBEDDING, EXPERTS, Kind
 from lowrank.errors import AdapterNameError, MergeError, ShapeError
-from lowrank.init import Init, Start, init_named, taken_out
-from lowrank.lora import Lora, check_shapes, initial_magnitude, merged_weight_norm, weight_change
+from lowrank.init import Init, Start, init_named, of_experts, taken_out
+from lowrank.kernels.low_rank_add import low_rank_weight
+from lowrank.lora import (
+    Lora,
+    check_shapes,
+    initial_magnitude,
+    merged_weight,
+    merged_weight_norm,
+    weight_change,
+)
 from lowrank.mixed_batch import mixed_forward
 from lowrank.routing import Routing
 
@@ -33,6 +41,8 @@ class Factor(nn.Module):
 class LoraLayer(nn.Module):
     """`base_layer` with adapters. Attributes of the base layer (`in_features`, `weight`, …) answer as before.
 
+    Where several parameters of one module are adapted (target_parameters), each has a LoraLayer, one
+    around the other; `get_base_layer()` is the module itself.
     r, lora_alpha, scaling, use_dora, lora_bias: by adapter name. `merged_adapters` are those whose change
     is in the base weight at present. `lora_start_A` and `lora_start_B` hold, as buffers, the factors that an
     adapter started from where its initialisation takes them out of W. W itself stays as it is.
@@ -89,16 +99,16 @@ class LoraLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # tie_weights() of transformers: lm_head.weight = embed_tokens.weight
-        kind = self.__dict__.get("kind")
-        if kind and name in (kind.weight, kind.bias) and isinstance(value, nn.Parameter):
-            self._replace_base_parameter(name, value)
-        else:
-            super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter) and "kind" in self.__dict__:
+            for layer in self.chain():
+                if name in (layer.kind.weight, layer.kind.bias):
+                    return layer._replace_base_parameter(name, value)
+        super().__setattr__(name, value)
 
     def _replace_base_parameter(self, name: str, value: nn.Parameter) -> None:
         merged, again = self.merged_adapters, self._merge_again
         self.unmerge()
-        setattr(self.base_layer, name, value)
+        setattr(self.get_base_layer(), name, value)
         for adapter in self.r:
             try:
                 check_shapes(self.unmerged_weight().shape, self.lora(adapter))
@@ -134,16 +144,19 @@ class LoraLayer(nn.Module):
         if name in self.r:
             raise AdapterNameError(f"This layer already has an adapter named {name!r}.")
         layout = self.kind.layout
-        weight = self.base_layer.get_parameter(self.kind.weight)
-        shape = self.kind.shape(self.base_layer)
+        base = self.get_base_layer()
+        weight = base.get_parameter(self.kind.weight)
+        shape = self.kind.shape(base)
         device = torch.device("meta") if meta else weight.device
         dtype = dtype or weight.dtype
         empty = weight.device.type == "meta" or (
             meta and not callable(init) and not taken_out(init)
         )
         start = self._empty_start(init, r) if empty else self._start(init, r, scaling)
-        A = start.A.to(device, dtype).view(layout.A_shape(weight.shape, shape, r))
-        B = start.B.to(device, dtype).view(layout.B_shape(weight.shape, shape, r))
+        A = layout.A_saved(start.A).to(device, dtype)
+        A = A.reshape(layout.A_shape(weight.shape, shape, r)).contiguous()
+        B = layout.B_saved(start.B).to(device, dtype)
+        B = B.reshape(layout.B_shape(weight.shape, shape, r)).contiguous()
         if layout is EMBEDDING:
             self.lora_embedding_A[name] = nn.Parameter(A)
             self.lora_embedding_B[name] = nn.Parameter(B)
@@ -170,16 +183,25 @@ class LoraLayer(nn.Module):
 
     def _start(self, init: bool | str | Init, r: int, scaling: float) -> Start:
         function = init if callable(init) else init_named(init, self.kind.layout is EMBEDDING)
-        shape = self.kind.shape(self.base_layer)
+        base = self.get_base_layer()
+        shape, experts = self.kind.shape(base), self._expert_shape()
+        if experts:
+            function = of_experts(function, *experts)
         with torch.device("cpu"), torch.no_grad():
             start = function(self.unmerged_weight, shape, r, scaling)
-        check_shapes(torch.Size(shape), Lora(start.A, start.B, scaling))
+        check_shapes(torch.Size((*experts, *shape)), Lora(start.A, start.B, scaling))
         return start
 
     def _empty_start(self, init: bool | str | Init, r: int) -> Start:
-        out, in_ = self.kind.shape(self.base_layer)
-        A, B = torch.empty(r, in_, device="meta"), torch.empty(out, r, device="meta")
+        (out, in_), experts = self.kind.shape(self.get_base_layer()), self._expert_shape()
+        A = torch.empty(*experts, r, in_, device="meta")
+        B = torch.empty(*experts, out, r, device="meta")
         return Start(A, B, callable(init) or taken_out(init))
+
+    def _expert_shape(self) -> tuple[int, ...]:
+        """(experts,) for fused experts, else ()."""
+        fused = self.kind.layout is EXPERTS
+        return (self.kind.experts(self.get_base_layer()),) if fused else ()
 
     def delete_adapter(self, name: str) -> None:
         """Removes the adapter, if this layer has it. It must not be merged."""
@@ -219,12 +241,12 @@ class LoraLayer(nn.Module):
         if name in self.lora_magnitude_vector:
             factor: Any = self.lora_magnitude_vector[name]
             magnitude = factor.weight.reshape(-1)
-        r = self.r[name]
-        A, B = A.reshape(r, -1), B.reshape(-1, r)
+        r, layout = self.r[name], self.kind.layout
+        A, B = layout.A_matrix(A, r), layout.B_matrix(B, r)
         if name in self.lora_start_A._buffers:
-            A_0 = self.lora_start_A.get_buffer(name).reshape(r, -1)
-            B_0 = self.lora_start_B.get_buffer(name).reshape(-1, r)
-            A, B = torch.cat([A, A - A_0]), torch.cat([B - B_0, B_0], dim=1)
+            A_0 = layout.A_matrix(self.lora_start_A.get_buffer(name), r)
+            B_0 = layout.B_matrix(self.lora_start_B.get_buffer(name), r)
+            A, B = torch.cat([A, A - A_0], -2), torch.cat([B - B_0, B_0], -1)
         return Lora(A, B, self.scaling[name], magnitude, bias)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -370,11 +392,17 @@ class LoraLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.routing.names is not None:
             return mixed_forward(self, *args, **kwargs)
+        if self.kind.op is None:
+            replaced: dict[str, Tensor] = {}
+            for layer in self.chain():
+                replaced |= layer._weights_with(layer._live())
+            base = self.get_base_layer()
+            return (
+                functional_call(base, replaced, args, kwargs) if replaced else base(*args, **kwargs)
+            )
         names = self._live()
         if not names:
             return self.base_layer(*args, **kwargs)
-        if self.kind.op is None:
-            return functional_call(self.base_layer, self._weights_with(names), args, kwargs)
         y = base_output = self.base_layer(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear calls it `input`
         for name in names:
@@ -408,15 +436,21 @@ class LoraLayer(nn.Module):
         """The base layer's weight, and its bias if one changes, with the adapters in them; with autograd."""
         if not names:
             return {}
-        store = self.kind.store(self.base_layer)
+        base = self.get_base_layer()
+        store = self.kind.store(base)
         W, original = store.read(), self.unmerged_weight()
-        change = sum(weight_change(original, self.lora(name)) for name in names)
-        found = {self.kind.weight: store.shaped((W + change).to(W.dtype))}
-        biases = [
-            lora.bias * lora.scaling for lora in map(self.lora, names) if lora.bias is not None
-        ]
+        loras = [self.lora(name) for name in names]
+        if all(lora.magnitude is None for lora in loras):
+            check_shapes(W.shape, loras[0])
+            A = torch.cat([lora.A for lora in loras], -2)
+            B = torch.cat([lora.B * lora.scaling for lora in loras], -1)
+            changed = low_rank_weight(W, A, B)
+        else:
+            changed = (W + sum(weight_change(original, lora) for lora in loras)).to(W.dtype)
+        found = {self.kind.weight: store.shaped(changed)}
+        biases = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
         if biases:
-            bias = getattr(self.base_layer, self.kind.bias)
+            bias = getattr(base, self.kind.bias)
             start = torch.zeros_like(biases[0]) if bias is None else bias
             found[self.kind.bias] = sum(biases, start).to(W.dtype)
         return found
@@ -443,13 +477,10 @@ class LoraLayer(nn.Module):
                 f"Adapters {left} use DoRA and stay active: merge them together with {new}, or none."
             )
         loras = [self.lora(name) for name in names]
-        store, base = self.kind.store(self.base_layer), self.base_layer
+        base = self.get_base_layer()
+        store = self.kind.store(base)
         with torch.no_grad():
-            W = self.unmerged_weight()
-            accumulation = torch.promote_types(W.dtype, torch.float32)
-            merged = (W.to(accumulation) + sum(weight_change(W, lora) for lora in loras)).to(
-                W.dtype
-            )
+            merged = merged_weight(self.unmerged_weight(), *loras)
             biases = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
             bias = self._unmerged[1] if self._unmerged else getattr(base, self.kind.bias, None)
             if biases and bias is None:
@@ -480,9 +511,10 @@ class LoraLayer(nn.Module):
         if self._unmerged is None:
             return
         weight, bias = self._unmerged
-        self.kind.store(self.base_layer).restore(weight)
+        base = self.get_base_layer()
+        self.kind.store(base).restore(weight)
         if bias is not None:
-            self.base_layer._parameters[self.kind.bias] = bias
+            base._parameters[self.kind.bias] = bias
         self._unmerged, self.merged_adapters = None, []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraLayer":
@@ -500,22 +532,31 @@ class LoraLayer(nn.Module):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base weight, in that weight's own shape; float32."""
         change = weight_change(self.unmerged_weight(), self.lora(adapter))
-        return self.kind.store(self.base_layer).shaped(change)
+        return self.kind.store(self.get_base_layer()).shaped(change)
 
     def get_base_layer(self) -> nn.Module:
-        return self.base_layer
+        """The module without any adapter around it."""
+        return self.chain()[-1].base_layer
+
+    def chain(self) -> "list[LoraLayer]":
+        """This layer and those inside it that adapt other parameters of the same module, outermost first."""
+        found = [self]
+        while isinstance(found[-1].base_layer, LoraLayer):
+            found.append(found[-1].base_layer)
+        return found
 
     def unmerged_parameters(self) -> dict[str, Tensor]:
         """What a merge has replaced, as it was, by its name within this layer; empty if nothing is merged."""
         if self._unmerged is None:
             return {}
-        weight = self.kind.store(self.base_layer).shaped(self.unmerged_weight())
-        found = {f"base_layer.{self.kind.weight}": weight}
+        weight = self.kind.store(self.get_base_layer()).shaped(self.unmerged_weight())
+        base = "base_layer." * len(self.chain())
+        found = {f"{base}{self.kind.weight}": weight}
         if self._unmerged[1] is not None:
-            found[f"base_layer.{self.kind.bias}"] = self._unmerged[1]
+            found[f"{base}{self.kind.bias}"] = self._unmerged[1]
         return found
 
     def unmerged_weight(self) -> Tensor:
         """W (out, in) without any adapter in it."""
-        store = self.kind.store(self.base_layer)
+        store = self.kind.store(self.get_base_layer())
         return store.read() if self._unmerged is None else store.read_snapshot(self._unmerged[0])

@@ -36,16 +36,29 @@ def delta_weight(lora: Lora) -> Tensor:
     return (lora.B.to(dtype) @ lora.A.to(dtype)) * lora.scaling
 
 
-def merged_weight(W: Tensor, lora: Lora) -> Tensor:
-    """The weight that, alone, acts as `W` with `lora` on top.
+def merged_weight(W: Tensor, *loras: Lora) -> Tensor:
+    """The weight that, alone, acts as `W` with `loras` on top.
 
     W: (*expert, out, in), any float dtype. Returns a new tensor of W's shape and dtype.
     LoRA: W + ΔW (Hu et al. 2021, §4.1). DoRA: m ⊙ V / ‖V‖ by row, V = W + ΔW (Liu et al. 2024, eq. 5);
     the norm is a constant for the gradient (ibid., §4.3).
-    The sum is taken in float32 (float64 for a float64 W); rounding to W's dtype is the only loss.
-    Raises ShapeError if `lora` was made for another shape.
+    The sum is taken in float32 (float64 for a float64 W), of one expert at a time; rounding to W's dtype is
+    the only loss. Raises ShapeError if one of `loras` was made for another shape.
     """
-    return (W.to(_accumulation_dtype(W)) + weight_change(W, lora)).to(W.dtype)
+    if W.ndim > 2 and loras:
+        for lora in loras:
+            check_shapes(W.shape, lora)
+        return torch.stack(
+            [merged_weight(W[e], *(of_expert(lora, e) for lora in loras)) for e in range(len(W))]
+        )
+    wide = W.to(_accumulation_dtype(W))
+    return sum((weight_change(W, lora) for lora in loras), wide).to(W.dtype)
+
+
+def of_expert(lora: Lora, e: int) -> Lora:
+    """The adapter of one expert among those of `lora`."""
+    magnitude = None if lora.magnitude is None else lora.magnitude[e]
+    return lora._replace(A=lora.A[e], B=lora.B[e], magnitude=magnitude)
 
 
 def weight_change(W: Tensor, lora: Lora) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lowrank.architectures import BYPASSED, DEFAULT_TARGETS
-from lowrank.bases.kinds import is_transposed_linear, kind_of
+from lowrank.bases.kinds import is_transposed_linear, kind_of, kind_of_parameter
 from lowrank.config import TASK_HEADS, LoraConfig
 from lowrank.errors import did_you_mean, nearest
 from lowrank.layer import LoraLayer
@@ -20,7 +20,7 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in model._modules.items():
         if child is None:
             continue
-        module = child.base_layer if isinstance(child, LoraLayer) else child
+        module = child.get_base_layer() if isinstance(child, LoraLayer) else child
         if isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
         yield prefix + name, module
@@ -37,15 +37,20 @@ def matched(
     saved: list[str],
     problems: list[str],
 ) -> list[str]:
-    """The paths that are targeted; adds what is wrong to `problems`."""
+    """The paths of the modules and parameters that are targeted; adds what is wrong to `problems`."""
     candidates = _outside(modules, saved)
     names = config.target_modules
     if names is None:
         names = default_targets(model, config, saved)
-    if not names:
+    bare = list(config.target_parameters or [])
+    if not names and not bare:
         problems.append(f"target_modules is empty. {_endings(modules)}")
         return []
-    if names == ALL_LINEAR:
+    parameters = parameters_of(modules)
+    bare_found = _parameters_by_name(modules, parameters, set(candidates), bare, problems)
+    if not names:
+        found = bare_found = _in_layers(bare_found, bare, config, problems)
+    elif names == ALL_LINEAR:
         found = _all_linear(model, modules, candidates, config)
         if not found:
             problems.append(
@@ -59,8 +64,80 @@ def matched(
                 f'matches. {_endings(modules)}\nPick from those as a list, or use target_modules="all-linear".'
             )
     else:
-        found = _in_layers(_by_name(modules, candidates, names, problems), names, config, problems)
-    return _without_excluded(modules, found, config, problems)
+        found = _by_name(modules, candidates, names, problems)
+        found = _in_layers(found + bare_found, [*names, *bare], config, problems)
+        bare_found = [path for path in found if path in parameters]
+    kept = _without_excluded(modules, [*dict.fromkeys(found + bare_found)], config, problems)
+    place = {path: i for i, path in enumerate(modules)}
+    return sorted(kept, key=lambda path: place[parameters[path][0] if path in parameters else path])
+
+
+def parameters_of(modules: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """For the path of every parameter that the modules hold themselves, the module's path and its name there."""
+    return {
+        f"{path}.{name}": (path, name)
+        for path, module in modules.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def _parameters_by_name(
+    modules: dict[str, nn.Module],
+    parameters: dict[str, tuple[str, str]],
+    candidates: set[str],
+    names: list[str],
+    problems: list[str],
+) -> list[str]:
+    """The paths of the parameters that target_parameters names."""
+    for name in names:
+        paths = [path for path in parameters if _is_or_ends(path, name)]
+        if any(parameters[path][0] in candidates for path in paths):
+            continue
+        if paths:
+            problems.append(
+                f"target_parameters: {name!r} is in modules_to_save; a parameter is either adapted or saved whole."
+            )
+            continue
+        owner = next((path for path in modules if _is_or_ends(path, name)), None)
+        if owner is not None:
+            own = ", ".join(modules[owner]._parameters) or "none of its own"
+            problems.append(
+                f"target_parameters: {name!r} is a module; its parameters: {own}. Modules go into target_modules."
+            )
+            continue
+        problems.append(
+            f"target_parameters: {name!r} matches no parameter{_near_parameters(modules, parameters, name)}"
+        )
+    return [
+        path
+        for path, (module, _) in parameters.items()
+        if module in candidates and any(_is_or_ends(path, name) for name in names)
+    ]
+
+
+def _near_parameters(
+    modules: dict[str, nn.Module], parameters: dict[str, tuple[str, str]], name: str
+) -> str:
+    """What follows "matches no parameter": the nearest names of as many parts, or all that would do."""
+    parts = name.count(".") + 1
+    adaptable = {
+        path: (module, own)
+        for path, (module, own) in parameters.items()
+        if kind_of_parameter(modules[module], own) is not None
+    }
+    close = nearest(name, {".".join(path.split(".")[-parts:]) for path in adaptable})
+    if close:
+        return f"; nearest: {', '.join(close)}"
+    # the weights of modules that can be named themselves would drown the others
+    bare = {
+        f"{module.rpartition('.')[2]}.{own}"
+        for module, own in adaptable.values()
+        if own != "weight" or kind_of(modules[module]) is None
+    }
+    if not bare:
+        return "; it has none that only target_parameters could name: use target_modules."
+    return f"; those that can be adapted end in: {', '.join(sorted(bare))}."
 
 
 def _by_name(
@@ -72,6 +149,11 @@ def _by_name(
         if any(_is_or_ends(path, name) for path in modules):
             problems.append(
                 f"target_modules: {name!r} is in modules_to_save too; a module is either adapted or saved whole."
+            )
+            continue
+        if any(_is_or_ends(path, name) for path in parameters_of(modules)):
+            problems.append(
+                f"target_modules: {name!r} is a parameter, no module; name it in target_parameters."
             )
             continue
         close = nearest(name.rpartition(".")[2], endings)
@@ -127,23 +209,29 @@ def _without_excluded(
     exclude = config.exclude_modules
     if not exclude:
         return found
+    parameters = parameters_of(modules)
+    every = [*modules, *parameters]
     if isinstance(exclude, str):
         excluded = {
-            path for path in modules if _fullmatch(exclude, path, "exclude_modules", problems)
+            path for path in every if _fullmatch(exclude, path, "exclude_modules", problems)
         }
         if not excluded:
             problems.append(
                 f"exclude_modules={exclude!r} is a regular expression that no whole path matches."
             )
     else:
-        excluded = {path for path in modules if any(_is_or_ends(path, name) for name in exclude)}
+        excluded = {path for path in every if any(_is_or_ends(path, name) for name in exclude)}
         endings = {path.rpartition(".")[2] for path in modules}
         for name in exclude:
-            if not any(_is_or_ends(path, name) for path in modules):
+            if not any(_is_or_ends(path, name) for path in every):
                 problems.append(
                     f"exclude_modules: {name!r} matches no module.{did_you_mean(name, endings)}"
                 )
-    kept = [path for path in found if path not in excluded]
+    kept = [
+        path
+        for path in found
+        if path not in excluded and parameters.get(path, ("",))[0] not in excluded
+    ]
     if found and not kept:
         problems.append("exclude_modules leaves nothing of what target_modules matched.")
     return kept
@@ -169,7 +257,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     head = get() if get else None
     if isinstance(head, ModulesToSaveWrapper):
         return head.original_module
-    return head.base_layer if isinstance(head, LoraLayer) else head
+    return head.get_base_layer() if isinstance(head, LoraLayer) else head
 
 
 def default_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str] | str:
@@ -179,7 +267,7 @@ def default_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> l
     if isinstance(known, str):
         return known
     there = [name for name in known if any(_is_or_ends(path, name) for path in modules)]
-    if there:
+    if there or config.target_parameters:  # as PEFT, which then adapts the parameters alone
         return there
     linear = _all_linear(model, modules, _outside(modules, saved), config)
     return sorted(path for path in linear if not listed_under(BYPASSED, model, modules, path))
@@ -254,7 +342,7 @@ def _lora_paths(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, LoraL
     for name, child in model.named_children():
         if isinstance(child, LoraLayer):
             yield prefix + name, child
-            child = child.base_layer
+            child = child.get_base_layer()
         yield from _lora_paths(child, f"{prefix}{name}.")
 
 

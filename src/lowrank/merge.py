@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import MergeError
-from lowrank.expected import Change, changes, conv1d_weights, loss
+from lowrank.expected import Change, changes, loss, transposed_weights
 from lowrank.model_folder import file_of, has_tokenizer, is_tied, load_base, quiet, task_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,7 +95,9 @@ def merge_to_folder(
         dtypes = {name: target if was == main else was for name, was in dtypes.items()}
     model.float()
     rounding, overall = _rounding(
-        changes(model.state_dict(), file.tensors, file.config, conv1d_weights(model), file.start),
+        changes(
+            model.state_dict(), file.tensors, file.config, transposed_weights(model), file.start
+        ),
         dtypes,
     )
     with quiet():

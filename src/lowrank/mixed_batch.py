@@ -25,7 +25,7 @@ def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
         return y
     if layer.kind.op is None:
         raise RowsError(
-            f"A {type(layer.base_layer).__name__} is adapted through its weight, of which there is one for all "
+            f"A {type(layer.get_base_layer()).__name__} is adapted through its weight, of which there is one for all "
             "rows: adapter_names=… does not work with it. Run the adapters one after another."
         )
     for names in _batches(layer, rows):

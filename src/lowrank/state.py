@@ -10,7 +10,7 @@ from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, AdapterMismatchError, did_you_mean
 from lowrank.hub import adapter_file
 from lowrank.layer import LoraLayer
-from lowrank.wrappers import base_biases, lora_layers, wrappers
+from lowrank.wrappers import base_biases, lora_chains, lora_layers, wrappers
 
 _SHOWN = 8
 
@@ -24,19 +24,36 @@ class LoadResult(NamedTuple):
 
 def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """For every key of the adapter's file, the name of its parameter or buffer in `model`."""
-    keys = {}
+    keys: dict[str, str] = {}
+    chains = dict(lora_chains(model))
     for path, wrapper in wrappers(model):
         prefix = f"{path}." if path else ""
         if isinstance(wrapper, LoraLayer):
-            names = wrapper.adapter_parameters(adapter_name) if adapter_name in wrapper.r else {}
-            for name in names:
-                keys[prefix + file_key(name, adapter_name)] = prefix + name
+            if wrapper in chains.get(path, []):
+                keys |= _layer_keys(path, chains[path], adapter_name)
         elif adapter_name in wrapper.modules_to_save:
             for name in wrapper.modules_to_save[adapter_name].state_dict():
                 keys[prefix + name] = f"{prefix}modules_to_save.{adapter_name}.{name}"
     bias = getattr(_config(model, adapter_name), "bias", "none")
     keys.update({name: name for name in base_biases(model, bias)})
     return keys
+
+
+def _layer_keys(path: str, chain: list[LoraLayer], adapter_name: str) -> dict[str, str]:
+    """`adapter_keys` of one module's layers.
+
+    In PEFT's files the parameters of one module that the adapter targets are nested in the order in which the
+    module has them, the last one outermost, whatever else is adapted in the model.
+    """
+    places = [(layer, path + ".base_layer" * i) for i, layer in enumerate(chain)]
+    order = list(chain[0].get_base_layer()._parameters)
+    places = [(layer, place) for layer, place in places if adapter_name in layer.r]
+    places.sort(key=lambda found: order.index(found[0].kind.weight), reverse=True)
+    return {
+        f"{path}{'.base_layer' * depth}.{file_key(name, adapter_name)}": f"{place}.{name}"
+        for depth, (layer, place) in enumerate(places)
+        for name in layer.adapter_parameters(adapter_name)
+    }
 
 
 def get_peft_model_state_dict(
@@ -117,7 +134,7 @@ def embedding_keys(model: nn.Module, adapter_name: str) -> list[str]:
     found = []
     modules = {id(module): path for path, module in model.named_modules()}
     for embedding in _embeddings(model):
-        module = embedding.base_layer if isinstance(embedding, LoraLayer) else embedding
+        module = embedding.get_base_layer() if isinstance(embedding, LoraLayer) else embedding
         path = modules.get(id(module))
         if path is not None:
             found += [

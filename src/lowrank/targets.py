@@ -6,7 +6,16 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lowrank.architectures import BYPASSED, WEIGHT_TAKEN
-from lowrank.bases.kinds import EMBEDDING, Kind, kind_of
+from lowrank.bases.kinds import (
+    EMBEDDING,
+    EXPERTS,
+    KINDS,
+    Kind,
+    is_bare,
+    is_transposed_linear,
+    kind_of,
+    kind_of_parameter,
+)
 from lowrank.config import TASK_HEADS, LoraConfig
 from lowrank.errors import TargetError, listed
 from lowrank.init import taken_out
@@ -17,6 +26,7 @@ from lowrank.matching import (
     inside_saved_modules,
     listed_under,
     matched,
+    parameters_of,
     pattern_problems,
     pattern_value,
     saved_paths,
@@ -24,15 +34,16 @@ from lowrank.matching import (
     walk,
     why_never_called,
 )
+from lowrank.wrappers import lora_chains
 
 ADAPTER_BYTES = 4  # float32, the default dtype of adapters
 
 
 @dataclass(frozen=True)
 class Target:
-    """One layer that gets an adapter."""
+    """One layer, or one parameter of a module, that gets an adapter."""
 
-    path: str
+    path: str  # of the module, or of the parameter where that was named itself
     kind: Kind
     out: int
     in_: int
@@ -44,6 +55,13 @@ class Target:
     lora_bias: bool
     params: int
     bytes: int  # of its parameters in float32
+    experts: int = 1  # how many (out, in) matrices it adapts: those of a fused mixture of experts
+    parameter: str | None = None  # the parameter's name in its module, if the path ends in that
+
+    @property
+    def module_path(self) -> str:
+        """The path of the module."""
+        return self.path if self.parameter is None else self.path[: -len(self.parameter) - 1]
 
 
 def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
@@ -58,21 +76,31 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
     problems += saved_problems
     wanted = matched(model, modules, config, saved, problems)
     kept_whole = inside_saved_modules(model)
-    targets: dict[int, Target] = {}
+    parameters = parameters_of(modules)
+    adapted = {
+        id(chain[0].get_base_layer()): [layer.kind for layer in chain]
+        for _, chain in lora_chains(model)
+    }
+    targets: dict[tuple[int, str], Target] = {}
     refused: dict[str, list[str]] = {}
     for path in wanted:
-        module = modules[path]
-        if id(module) in targets:  # the same module under a second name
+        module_path, parameter = parameters.get(path, (path, None))
+        module = modules[module_path]
+        key = (id(module), parameter or "")
+        if key in targets:  # the same module under a second name
             continue
         if id(module) in kept_whole:
             reason = "saved whole by another adapter (modules_to_save); a module is either adapted or saved whole."
             refused.setdefault(reason, []).append(path)
             continue
-        target, why_not = _target(model, modules, path, config)
+        target, why_not = _target(model, modules, path, module_path, parameter, config)
+        if target:
+            here = [targets[k].kind for k in targets if k[0] == id(module)]
+            why_not += _clashes(target.kind, adapted.get(id(module), []), here)
         for reason in why_not:
             refused.setdefault(reason, []).append(path)
         if target:
-            targets[id(module)] = target
+            targets[key] = target
     problems += [f"{some(paths)}: {reason}" for reason, paths in refused.items()]
     problems += pattern_problems(config, wanted)
     if problems:
@@ -95,41 +123,58 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
 def resolved(
     model: nn.Module, config: LoraConfig, targets: list[Target], saved: list[str]
 ) -> LoraConfig:
-    """`config` with target_modules and modules_to_save as names that select the same modules anywhere."""
+    """`config` with its targets and modules_to_save as names that select the same ones anywhere."""
     names = config.target_modules
     if names is None:
         names = default_targets(model, config, saved)
     elif names == ALL_LINEAR:
         paths = {target.path for target in targets}
-        names = sorted({path.rpartition(".")[2] for path in paths})
+        layers = {target.path for target in targets if target.parameter is None}
+        names = sorted({path.rpartition(".")[2] for path in layers})
         others = replace(config, target_modules=names)
         if set(matched(model, dict(walk(model)), others, saved, [])) != paths:
-            names = sorted(paths)
+            names = sorted(layers)
+    bare = config.target_parameters
+    if bare and (config.layers_to_transform is not None or config.exclude_modules):
+        # PEFT goes by the names alone: a file must say which parameters they are
+        bare = [target.path for target in targets if target.parameter is not None]
     named = config.modules_to_save or []
     heads = [path for path in saved if path.endswith(TASK_HEADS.get(config.task_type or "", ()))]
     modules_to_save = [*named, *[path for path in heads if not path.endswith(tuple(named))]]
-    return replace(config, target_modules=names, modules_to_save=modules_to_save or None)
+    return replace(
+        config,
+        target_modules=names,
+        target_parameters=bare,
+        modules_to_save=modules_to_save or None,
+    )
 
 
 # --- what a layer can carry -----------------------------------------------------------------------
 
 
 def _target(
-    model: nn.Module, modules: dict[str, nn.Module], path: str, config: LoraConfig
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    path: str,
+    module_path: str,
+    parameter: str | None,
+    config: LoraConfig,
 ) -> tuple[Target | None, list[str]]:
-    module = modules[path]
-    parent = modules.get(path.rpartition(".")[0], model)
-    kind = kind_of(module, config.fan_in_fan_out, parent)
+    module = modules[module_path]
+    parent = modules.get(module_path.rpartition(".")[0], model)
+    kind = kind_of_parameter(module, parameter) if parameter else None
+    if parameter is None or kind is KINDS[0]:
+        kind = kind_of(module, config.fan_in_fan_out, parent)
     if kind is None:
-        return None, [_why_no_kind(module)]
-    taken = listed_under(WEIGHT_TAKEN, model, modules, path)
+        return None, [_why_no_kind(module, parameter)]
+    taken = listed_under(WEIGHT_TAKEN, model, modules, module_path)
     if taken:
         kind = kind._replace(weight_taken=True)
     r = pattern_value(config.rank_pattern, path, config.r)
     lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
     out, in_ = kind.shape(module)
     reasons = [reason for applies, reason in _REFUSALS if applies(kind, module, config, r)]
-    bypassed = listed_under(BYPASSED, model, modules, path)
+    bypassed = listed_under(BYPASSED, model, modules, module_path)
     if bypassed:
         reasons.append(
             f"{bypassed} passes this layer's weight to a fused kernel and never calls the layer; leave it out."
@@ -138,10 +183,12 @@ def _target(
         reasons.append(
             f"{taken} computes with this layer's weight, where there is no input to drop from: set lora_dropout=0, or leave it out."
         )
-    reasons += why_never_called(model, path, module)
+    reasons += why_never_called(model, module_path, module)
     if isinstance(r, int) and r < 1:
         return None, reasons
-    params = r * (in_ + out) + (out if config.use_dora else 0) + (out if config.lora_bias else 0)
+    experts = kind.experts(module)
+    params = experts * (r * (in_ + out) + (out if config.use_dora else 0))
+    params += out if config.lora_bias else 0
     method = "+".join(
         name for name, used in [("rslora", config.use_rslora), ("dora", config.use_dora)] if used
     )
@@ -158,8 +205,23 @@ def _target(
         lora_bias=config.lora_bias,
         params=params,
         bytes=params * ADAPTER_BYTES,
+        experts=experts,
+        parameter=parameter,
     )
     return target, reasons
+
+
+def _clashes(kind: Kind, adapted: list[Kind], here: list[Kind]) -> list[str]:
+    """Why the module cannot take one more layer, of this kind, beside those that it has or is to have."""
+    if any(k.weight == kind.weight for k in here):
+        return ["named in target_modules and in target_parameters; leave it out of one of them."]
+    for other in adapted + here:
+        same_weight = other.weight == kind.weight
+        if not (other.layout is kind.layout if same_weight else is_bare(other) and is_bare(kind)):
+            whose = "another adapter" if other in adapted else "this configuration"
+            what = f"its parameter {other.weight!r}" if is_bare(other) else "the module itself"
+            return [f"{whose} adapts {what}; a module is adapted whole, or by its parameters."]
+    return []
 
 
 # What a layer cannot do: (kind, module, config, r) -> bool, and the reason that is shown.
@@ -167,6 +229,22 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
     (
         lambda kind, module, config, r: kind.op is None and config.lora_dropout > 0,
         "adapted through its weight, which has no input to drop from: set lora_dropout=0, or leave it out.",
+    ),
+    (
+        lambda kind, module, config, r: kind.layout is EXPERTS and config.use_dora,
+        "fused experts do not say which way round each of them is (Llama 4's are transposed, and nothing tells), so DoRA could normalise columns for rows: set use_dora=False, or leave it out.",
+    ),
+    (
+        lambda kind, module, config, r: is_bare(kind) and taken_out(config.init_lora_weights),
+        "a parameter that is named itself cannot have a start taken out of it yet: use another init_lora_weights, or leave it out.",
+    ),
+    (
+        lambda kind, module, config, r: is_bare(kind) and is_transposed_linear(module),
+        "the weight of a Conv1D, which is transposed, and nothing in a parameter tells: name the module in target_modules.",
+    ),
+    (
+        lambda kind, module, config, r: is_bare(kind) and config.fan_in_fan_out,
+        "fan_in_fan_out=True has no meaning for a parameter that is named itself: set it to False, or leave it out.",
     ),
     (
         lambda kind, module, config, r: kind.layout is EMBEDDING and config.lora_bias,
@@ -192,19 +270,30 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
     ),
     (
         lambda kind, module, config, r: (
-            taken_out(config.init_lora_weights) and r > min(kind.shape(module))
+            taken_out(config.init_lora_weights)
+            and r > min(kind.shape(module))
+            and not is_bare(kind)
         ),
         "init_lora_weights takes r directions out of the weight, which has fewer: lower r for it (rank_pattern), or leave it out.",
     ),
 ]
 
 
-def _why_no_kind(module: nn.Module) -> str:
+def _why_no_kind(module: nn.Module, parameter: str | None = None) -> str:
     name = type(module).__name__
+    if parameter is not None:
+        held = module._parameters[parameter]
+        assert held is not None
+        return f"a parameter of {held.ndim} dimensions in {held.dtype}; floating-point matrices, and stacks of them, can be adapted."
     if isinstance(module, nn.MultiheadAttention):
         return "its query, key and value have different widths and separate weights; adapt its out_proj, or leave it out."
     weight = module._parameters.get("weight")
     if weight is None:
+        own = [n for n in module._parameters if kind_of_parameter(module, n) is not None]
+        if own:
+            return (
+                f"{name} holds bare parameters; name those in target_parameters ({', '.join(own)})."
+            )
         inner = [child for child, _ in module.named_children()]
         what = f"; target a layer inside it ({', '.join(inner[:6])})" if inner else ""
         return f"{name} has no weight of its own{what}."

@@ -22,6 +22,16 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     return ((path, module) for path, module in wrappers(model) if isinstance(module, LoraLayer))
 
 
+def lora_chains(model: nn.Module) -> Iterator[tuple[str, list[LoraLayer]]]:
+    """For every adapted module its path and its LoraLayers, outermost first: several for several parameters."""
+    inner: set[int] = set()
+    for path, layer in lora_layers(model):
+        if id(layer) not in inner:
+            chain = layer.chain()
+            inner.update(map(id, chain))
+            yield path, chain
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters in `model`, in the order in which they came."""
     names: dict[str, None] = {}
@@ -67,7 +77,7 @@ def base_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
         return {
             f"{path}.base_layer.{layer.kind.bias}": parameter
             for path, layer in lora_layers(model)
-            if (parameter := layer.base_layer._parameters.get(layer.kind.bias)) is not None
+            if (parameter := layer.get_base_layer()._parameters.get(layer.kind.bias)) is not None
         }
     ours = {id(parameter) for _, parameter in adapter_parameters(model)}
     return {

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Size, nn
+from torch import Size, Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank.bases import ops, stores
@@ -14,7 +14,8 @@ from lowrank.bases.stores import Store
 class Layout(NamedTuple):
     """What A, B and the magnitude are called, and the shapes in which they are registered and saved.
 
-    The shapes are PEFT's: from the weight's own shape and r, each as a tuple.
+    The shapes are PEFT's: from the weight's own shape, its (out, in) and r, each as a tuple. A_matrix and
+    B_matrix: from a registered tensor and r, the view of it as (*expert, r, in) and (*expert, out, r).
     """
 
     A: str
@@ -22,6 +23,10 @@ class Layout(NamedTuple):
     A_shape: Callable[[Size, tuple[int, int], int], tuple[int, ...]]
     B_shape: Callable[[Size, tuple[int, int], int], tuple[int, ...]]
     magnitude_shape: Callable[[Size, tuple[int, int]], tuple[int, ...]]
+    A_matrix: Callable[[Tensor, int], Tensor] = lambda A, r: A.reshape(r, -1)
+    B_matrix: Callable[[Tensor, int], Tensor] = lambda B, r: B.reshape(-1, r)
+    A_saved: Callable[[Tensor], Tensor] = lambda A: A  # the reverse of A_matrix, up to the shape
+    B_saved: Callable[[Tensor], Tensor] = lambda B: B
 
 
 class Kind(NamedTuple):
@@ -42,18 +47,23 @@ class Kind(NamedTuple):
         return self.hold(module, self.weight)
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
-        """(out, in) of the module's weight in matrix form."""
-        out, in_ = self.store(module).read().shape
+        """(out, in) of the module's weight in matrix form; of one expert's, where it holds several."""
+        *_, out, in_ = self.store(module).read().shape
         return out, in_
+
+    def experts(self, module: nn.Module) -> int:
+        """How many such matrices the weight holds: 1, but for fused experts."""
+        return self.store(module).read().shape[:-2].numel()
 
     def __reduce__(self) -> tuple:
         """A copied or pickled layer refers to the same row: functions do not pickle, and rows are compared."""
-        return _row, (self.name, self.weight_taken)
+        return _row, (self.name, self.weight_taken, self.weight)
 
 
-def _row(name: str, weight_taken: bool) -> Kind:
-    row = next(kind for kind in (*KINDS, TRANSPOSED) if kind.name == name)
-    return row if row.weight_taken == weight_taken else row._replace(weight_taken=weight_taken)
+def _row(name: str, weight_taken: bool, weight: str) -> Kind:
+    row = next(kind for kind in (*KINDS, TRANSPOSED, *PARAMETERS) if kind.name == name)
+    same = (row.weight_taken, row.weight) == (weight_taken, weight)
+    return row if same else row._replace(weight_taken=weight_taken, weight=weight)
 
 
 MATRIX = Layout(
@@ -70,6 +80,17 @@ KERNEL = Layout(
     lambda weight, W, r: (r, *weight[1:]),
     lambda weight, W, r: (W[0], r, *[1] * (len(weight) - 2)),
     lambda weight, W: (1, W[0], *[1] * (len(weight) - 2)),
+)
+# PEFT's order: A is one expert's rows after another's, B has the experts' first columns, then their second
+EXPERTS = Layout(
+    "lora_A",
+    "lora_B",
+    lambda weight, W, r: (weight[0] * r, W[1]),
+    lambda weight, W, r: (W[0], r * weight[0]),
+    lambda weight, W: (weight[0], W[0]),
+    A_matrix=lambda A, r: A.reshape(-1, r, A.shape[-1]),
+    B_matrix=lambda B, r: B.reshape(B.shape[0], r, -1).permute(2, 0, 1),
+    B_saved=lambda B: B.permute(1, 2, 0),
 )
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -185,3 +206,39 @@ def kind_of(
             unknown = kind is KINDS[-1] and weight.ndim == 2 and not isinstance(module, nn.Linear)
             return TRANSPOSED if fan_in_fan_out and unknown else kind
     return None
+
+
+def _bare(name: str, hold: Callable[[nn.Module, str], Store], layout: Layout) -> Kind:
+    return Kind(name, lambda m: False, "", "", hold, None, layout, weight_taken=True)
+
+
+# A parameter that is named itself (target_parameters), whatever module holds it: all through the weight.
+PARAMETERS = [
+    _bare("parameter", stores.as_is, MATRIX),
+    _bare("experts", stores.as_is, EXPERTS),
+    _bare("transposed experts", stores.transposed, EXPERTS),
+]
+
+
+def kind_of_parameter(module: nn.Module, name: str) -> Kind | None:
+    """The row for the module's own parameter of that name, or None if it cannot carry an adapter.
+
+    Two dimensions are (out, in), three are (expert, out, in), or (expert, in, out) in a module that says
+    `is_transposed`, as those of transformers do. The weight of an ordinary linear layer gets that layer's row.
+    """
+    parameter = module._parameters.get(name)
+    if parameter is None or parameter.ndim not in (2, 3) or not parameter.is_floating_point():
+        return None
+    if name == "weight" and _is_linear(module):
+        return KINDS[0]
+    matrix, experts, transposed = PARAMETERS
+    if parameter.ndim == 2:
+        return matrix._replace(weight=name)
+    return (transposed if getattr(module, "is_transposed", False) else experts)._replace(
+        weight=name
+    )
+
+
+def is_bare(kind: Kind) -> bool:
+    """Whether the row is that of a parameter which is named itself."""
+    return kind.name in [row.name for row in PARAMETERS]

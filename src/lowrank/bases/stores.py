@@ -1,4 +1,4 @@
-"""How a module holds its weight. Whatever the module's own layout, W is seen as (out, in)."""
+"""How a module holds its weight. Whatever the module's own layout, W is seen as (*expert, out, in)."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,13 +12,13 @@ class Store(Protocol):
     exact: bool  # False: write() rounds beyond the dtype (4-bit, 8-bit)
 
     def read(self) -> Tensor:
-        """W (out, in), a view of the stored tensor where the layout allows it."""
+        """W (*expert, out, in), a view of the stored tensor where the layout allows it."""
 
     def shaped(self, W: Tensor) -> Tensor:
-        """W (out, in) in the module's own layout."""
+        """W in the module's own layout."""
 
     def write(self, W: Tensor) -> None:
-        """Stores W (out, in), rounded to the stored dtype. What `snapshot` returned stays as it was."""
+        """Stores W, rounded to the stored dtype. What `snapshot` returned stays as it was."""
 
     def snapshot(self) -> Any:
         """What is stored now, to be given back to `restore`. It must not be written to."""
@@ -72,13 +72,13 @@ class ParameterStore:
 
 
 def as_is(module: nn.Module, name: str) -> Store:
-    """W is the parameter: (out, in)."""
+    """W is the parameter: (*expert, out, in)."""
     return ParameterStore(module, name, lambda p: p, lambda W, old: W)
 
 
 def transposed(module: nn.Module, name: str) -> Store:
-    """The parameter is (in, out)."""
-    return ParameterStore(module, name, lambda p: p.T, lambda W, old: W.T)
+    """The parameter is (*expert, in, out)."""
+    return ParameterStore(module, name, lambda p: p.mT, lambda W, old: W.mT)
 
 
 def flattened(module: nn.Module, name: str) -> Store:

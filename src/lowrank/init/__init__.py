@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from lowrank.init.start import Init, Start
 from lowrank.init.weight import olora, pissa
 
-__all__ = ["EMBEDDING_INITS", "INITS", "Init", "Start", "computed_again", "init_named", "taken_out"]
+__all__ = [
+    "EMBEDDING_INITS",
+    "INITS",
+    "Init",
+    "Start",
+    "computed_again",
+    "init_named",
+    "of_experts",
+    "taken_out",
+]
 
 
 def kaiming(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float) -> Start:
@@ -59,6 +68,22 @@ def embedding(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scalin
     """A zero, B standard normal: how embeddings start (loralib, PEFT)."""
     out, in_ = shape
     return Start(_zeros(r, in_), _normal(out, r))
+
+
+def of_experts(init: Init, experts: int) -> Init:
+    """`init` for each of several experts on its own: A (expert, r, in), B (expert, out, r)."""
+
+    def stacked(
+        read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float
+    ) -> Start:
+        starts = [init(lambda e=e: read()[e], shape, r, scaling) for e in range(experts)]  # type: ignore[misc]
+        A, B = (
+            torch.stack([start.A for start in starts]),
+            torch.stack([start.B for start in starts]),
+        )
+        return Start(A, B, starts[0].taken_out)
+
+    return stacked
 
 
 def _zeros(*shape: int) -> Tensor:

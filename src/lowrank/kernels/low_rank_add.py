@@ -1,4 +1,4 @@
-"""y + scaling·h·Bᵀ, the last step of LoRA's forward on a linear layer."""
+"""y + scaling·h·Bᵀ, the last step of LoRA's forward on a linear layer, and W + B·A where the weight is formed."""
 
 import torch
 from torch import Tensor
@@ -16,3 +16,21 @@ def low_rank_add(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
     """
     out = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.T, alpha=scaling)
     return out.view(y.shape)
+
+
+def low_rank_weight_reference(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """W (*expert, out, in) + B (*expert, out, r) · A (*expert, r, in), in plain steps."""
+    return W + B.to(W.dtype) @ A.to(W.dtype)
+
+
+def low_rank_weight(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The same in one product that accumulates onto W: one tensor of W's size, and one rounding.
+
+    Of W's dtype, whatever autocast says, and in W's order in memory: products with a transposed weight
+    are as fast as before. A and B may be of another dtype.
+    """
+    if W.mT.is_contiguous() and not W.is_contiguous():
+        return low_rank_weight(W.mT, B.mT, A.mT).mT
+    product = torch.addmm if W.ndim == 2 else torch.baddbmm
+    with torch.autocast(W.device.type, enabled=False):
+        return product(W, B.to(W.dtype), A.to(W.dtype))

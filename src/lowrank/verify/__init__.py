@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank.expected import Change, changes, conv1d_weights
+from lowrank.expected import Change, changes, transposed_weights
 from lowrank.merge import base_of
 from lowrank.model_folder import (
     TASKS,
@@ -87,7 +87,7 @@ def verify(
     weights = model.state_dict()
     tally = Tally(weights, loaded.model.state_dict())
     busiest: list[int] = []
-    exact = changes(weights, file.tensors, file.config, conv1d_weights(model), file.start)
+    exact = changes(weights, file.tensors, file.config, transposed_weights(model), file.start)
     tally.check(_note_busiest(exact, names[0] if names else None, busiest))
     tied_merged, dtype = is_tied(loaded.model), _dtype(tally.checks)
     missing = sorted({*tally.missing, *loaded.missing, *loaded.misshapen})
