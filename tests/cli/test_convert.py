@@ -72,6 +72,7 @@ def test_dora_in_kohya_s_file_comes_with_a_note(folder, capsys):
     shown = capsys.readouterr().out
     assert "DoRA" in shown
     assert "LyCORIS" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if str(folder) not in line)
     assert "dropped" not in shown
 
 

@@ -14,6 +14,7 @@ format has no place for is refused by name, or left out with --drop.
 import argparse
 import json
 import sys
+import textwrap
 from typing import Any
 
 FORMATS = ("peft", "diffusers", "kohya", "mlx", "gguf")
@@ -69,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     files = [str(path) for path in result.files]
     if args.json:
         written = {"from": result.source, "to": args.to, "files": files, "adapters": rows}
-        json.dump({**written, "dropped": result.dropped}, sys.stdout, indent=2)
+        json.dump(
+            {**written, "dropped": result.dropped, "notes": result.notes}, sys.stdout, indent=2
+        )
         print()
         return 0
     print(f" read     {args.source} ({result.source})")
@@ -85,11 +88,10 @@ def run(args: argparse.Namespace) -> int:
         print(
             f" dropped  {kind}: {len(keys)} tensors, {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
         )
-    if args.to == "kohya" and any(row["dora"] for row in rows.values()):
-        print(" note     dora_scale as LyCORIS means it; diffusers leaves it out when loading,")
-        print("          ComfyUI divides by another norm")
     for file in files:
         print(f" written  {file}")
+    for note in result.notes:
+        print(textwrap.fill(note, 78, initial_indent=" note     ", subsequent_indent=" " * 10))
     return 0
 
 

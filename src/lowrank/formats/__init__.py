@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lowrank.adapter_file import WEIGHTS_NAME, Adapter, load_tensors
 from lowrank.config import CONFIG_NAME, LoraConfig
 from lowrank.errors import ConvertError, did_you_mean, listed
-from lowrank.formats import diffusers, mlx, peft
+from lowrank.formats import diffusers, kohya, mlx, peft
 from lowrank.formats.layers import KINDS, Options, check_holds, without
 from lowrank.start_factors import as_plain_lora, start_problems
 
@@ -38,6 +38,7 @@ class Converted(NamedTuple):
     adapters: dict[str, Adapter]  # by component, as they were written; "" for an adapter by itself
     files: list[Path]
     dropped: dict[str, list[str]]  # by kind, the keys that were left out
+    notes: list[str]  # which programs do not read all that the file says
 
 
 def convert(
@@ -96,7 +97,9 @@ def convert(
     _check(adapters, to)
     if to != "peft":  # only there does a start have its file (PiSSA, OLoRA, …)
         adapters = {name: as_plain_lora(adapter) for name, adapter in adapters.items()}
-    return Converted(format, adapters, _module(to).write(out, adapters, options), dropped)
+    files = _module(to).write(out, adapters, options)
+    notes = kohya.notes(adapters) if to == "kohya" else []
+    return Converted(format, adapters, files, dropped, notes)
 
 
 def detect(path: str | PathLike) -> str:

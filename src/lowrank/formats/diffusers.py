@@ -94,6 +94,10 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
             if component in TEXT:  # the spelling that diffusers knows text encoders by
                 name = name.replace(".lora_A.", ".lora_linear_layer.down.")
                 name = name.replace(".lora_B.", ".lora_linear_layer.up.")
+                if name.endswith(
+                    "magnitude_vector"
+                ):  # transformers, which loads them, looks for it so
+                    name += ".weight"
             tensors[f"{component}.{name}"] = tensor
         configs |= {f"{component}.{k}": v for k, v in _said(adapter).items()}
     metadata = {name: adapter.metadata for name, adapter in adapters.items() if adapter.metadata}

@@ -161,6 +161,26 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
     return [path]
 
 
+def notes(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Where programs that read these files differ from what the file says, for these adapters."""
+    found = []
+    layers = {name: read_layers(adapter).layers for name, adapter in adapters.items()}
+    if any(adapter.config.use_dora for adapter in adapters.values()):
+        found.append(
+            "dora_scale has LyCORIS' meaning; diffusers leaves it out, ComfyUI divides by another norm."
+        )
+    if any(len({layer.alpha for layer in inner.values()}) > 1 for inner in layers.values()):
+        found.append(
+            "Layers differ in alpha; diffusers gives all attention layers of a component one alpha: write its format for it."
+        )
+    for name, inner in layers.items():
+        if name != "unet" and not any(path.endswith("out_proj") for path in inner):
+            found.append(
+                f"{name} has no out_proj, by which diffusers recognises kohya's names there: write its format for it."
+            )
+    return found
+
+
 # --- tensors --------------------------------------------------------------------------------------
 
 
