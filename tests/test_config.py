@@ -94,13 +94,21 @@ FEATURES = {
     "eva_config": {"rho": 2.0},
     "corda_config": {},
     "lora_ga_config": {"x": 1},
-    "megatron_config": {"x": 1},
-    "use_qalora": True,
-    "velora_config": {"x": 1},
-    "monteclora_config": {"x": 1},
-    "use_bdlora": {"x": 1},
-    "arrow_config": {"x": 1},
-    "kasa_config": {"x": 1},
+}
+
+# (value, a word of what to do instead)
+OTHER_METHODS = {
+    "megatron_config": ({"x": 1}, "FSDP"),
+    "megatron_core": ("my.core", "FSDP"),
+    "use_qalora": (True, "plain LoRA"),
+    "qalora_group_size": (8, "leave it"),
+    "velora_config": ({"x": 1}, "gradient checkpointing"),
+    "monteclora_config": ({"x": 1}, "lora_dropout"),
+    "use_bdlora": ({"x": 1}, "plain LoRA"),
+    "arrow_config": ({"x": 1}, "adapter_names"),
+    "kasa_config": ({"x": 1}, "pissa"),
+    "init_lora_weights": ("mica", "orthogonal"),
+    "runtime_config": ({"ephemeral_gpu_offload": True}, "GPU before"),
 }
 
 
@@ -109,6 +117,14 @@ def test_a_feature_that_is_not_there_is_refused_by_name(name):
     text = refusal(**{name: FEATURES[name]})
     assert text.startswith(f"{name}=")
     assert "not supported" in text
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_what_is_no_plain_lora_is_refused_with_what_to_do_instead(name):
+    value, advice = OTHER_METHODS[name]
+    text = refusal(**{name: value})
+    assert text.startswith((f"{name}=", f"{name}."))
+    assert advice in text
 
 
 def test_every_problem_is_told_at_once():
@@ -202,6 +218,12 @@ def test_enumerations_are_their_strings():
     )
     assert LoraConfig(task_type="SEQ_CLS") == LoraConfig(task_type=TaskType.SEQ_CLS)
     assert PeftType.LORA == "LORA"
+
+
+def test_transformers_keywords_for_remote_code_are_let_pass(tmp_path):
+    LoraConfig(r=3, target_modules=["q"]).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path, trust_remote_code=False, code_revision=None)
+    assert config.r == 3
 
 
 def test_unknown_keys_of_a_file_are_errors_with_a_way_out(tmp_path):

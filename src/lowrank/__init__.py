@@ -3,11 +3,20 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lowrank.compat import append_if_no_peft
+
 __version__ = "0.1.0"
 
 # name -> the module that defines it, imported when the name is first used
 _PUBLIC = {
     "Adapter": "adapter_file",
+    "AutoPeftModel": "auto",
+    "AutoPeftModelForCausalLM": "auto",
+    "AutoPeftModelForFeatureExtraction": "auto",
+    "AutoPeftModelForQuestionAnswering": "auto",
+    "AutoPeftModelForSeq2SeqLM": "auto",
+    "AutoPeftModelForSequenceClassification": "auto",
+    "AutoPeftModelForTokenClassification": "auto",
     "Lora": "lora",
     "LoraConfig": "config",
     "LoraLayer": "layer",
@@ -25,17 +34,28 @@ _PUBLIC = {
     "PeftType": "config",
     "Target": "targets",
     "TaskType": "config",
+    "cast_mixed_precision_params": "functional",
+    "check_hotswap_configs_compatible": "hotswap",
     "convert": "formats",
     "create_loraplus_optimizer": "train.loraplus",
     "delta_weight": "lora",
+    "get_base_model_state_dict": "state",
+    "get_layer_status": "status",
+    "get_model_status": "status",
+    "get_peft_config": "compat.names",
     "get_peft_model": "peft",
     "get_peft_model_state_dict": "state",
+    "hotswap_adapter": "hotswap",
+    "hotswap_adapter_from_state_dict": "hotswap",
     "inject_adapter_in_model": "lora_model",
+    "load_peft_weights": "adapter_file",
     "merged_weight": "lora",
     "plan": "targets",
+    "prepare_model_for_compiled_hotswap": "hotswap",
     "prepare_model_for_kbit_training": "lora_model",
     "read_adapter": "adapter_file",
     "rows": "lora_model",
+    "set_base_model_state_dict": "state",
     "set_peft_model_state_dict": "state",
     "speedup": "peft_speedup",
     "undo_speedup": "peft_speedup",
@@ -45,10 +65,27 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
-    from lowrank.adapter_file import Adapter, read_adapter, write_adapter
+    from lowrank.adapter_file import Adapter, load_peft_weights, read_adapter, write_adapter
+    from lowrank.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from lowrank.compat.names import get_peft_config
     from lowrank.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
     from lowrank.errors import LowrankError
     from lowrank.formats import convert
+    from lowrank.functional import cast_mixed_precision_params
+    from lowrank.hotswap import (
+        check_hotswap_configs_compatible,
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+    )
     from lowrank.layer import LoraLayer
     from lowrank.lora import Lora, delta_weight, merged_weight
     from lowrank.lora_model import (
@@ -68,7 +105,13 @@ if TYPE_CHECKING:
         get_peft_model,
     )
     from lowrank.peft_speedup import speedup, undo_speedup
-    from lowrank.state import get_peft_model_state_dict, set_peft_model_state_dict
+    from lowrank.state import (
+        get_base_model_state_dict,
+        get_peft_model_state_dict,
+        set_base_model_state_dict,
+        set_peft_model_state_dict,
+    )
+    from lowrank.status import get_layer_status, get_model_status
     from lowrank.targets import Target, plan
     from lowrank.train.loraplus import create_loraplus_optimizer
 
@@ -83,3 +126,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
+
+
+append_if_no_peft()

@@ -5,6 +5,7 @@ safetensors header, which PEFT and vLLM do not read.
 """
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from os import PathLike
@@ -108,6 +109,29 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, st
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(_unshared(tensors), path, metadata={"format": "pt", **header})
     _check_written(path, tensors)
+
+
+def load_peft_weights(
+    model_id: str | PathLike,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub,
+) -> dict[str, Tensor]:
+    """An adapter's tensors by PEFT's keys, on `device` (None: the CPU), for `set_peft_model_state_dict`.
+
+    key_mapping: {regular expression: replacement}; the first one that is found in a key, without its
+    `base_model.model.`, changes it. Raises as `read_adapter`.
+    """
+    tensors = {}
+    for key, tensor in read_tensors(model_id, **hub)[0].items():
+        prefix = "base_model.model." if key.startswith("base_model.model.") else ""
+        name = key.removeprefix(prefix)
+        for pattern, replacement in (key_mapping or {}).items():
+            name, changes = re.subn(pattern, replacement, name)
+            if changes:
+                break
+        tensors[prefix + name] = tensor.to(device or "cpu")
+    return tensors
 
 
 def write_adapter(path: str | PathLike, adapter: Adapter) -> None:

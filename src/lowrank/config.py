@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from lowrank.errors import AdapterFileError, ConfigError, UnknownFieldError, did_you_mean, listed
 from lowrank.files import write_text
-from lowrank.hub import HUB_KEYWORDS, adapter_file
+from lowrank.hub import FOREIGN_KEYWORDS, HUB_KEYWORDS, adapter_file
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -38,6 +38,50 @@ class PeftType(str, Enum):  # noqa: UP042
     """The methods that an `adapter_config.json` can name; lowrank does LoRA only."""
 
     LORA = "LORA"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    BOFT = "BOFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    IA3 = "IA3"
+    BEFT = "BEFT"
+    LILY = "LILY"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    FROD = "FROD"
+    PVERA = "PVERA"
+    FOURIERFT = "FOURIERFT"
+    GLORA = "GLORA"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    UNILORA = "UNILORA"
+    CPT = "CPT"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    HIRA = "HIRA"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    CARTRIDGE = "CARTRIDGE"
+    TINYLORA = "TINYLORA"
+    PSOFT = "PSOFT"
+    PEANUT = "PEANUT"
+    SHADOW = "SHADOW"
+    SUPERTUNING = "SUPERTUNING"
+    DEFT = "DEFT"
 
 
 # The heads that a freshly built task model has untrained, so that they are trained and saved whole.
@@ -61,15 +105,15 @@ _REFUSED = {
     "eva_config": "the EVA initialisation is not supported yet",
     "corda_config": "the CorDA initialisation is not supported yet",
     "lora_ga_config": "the LoRA-GA initialisation is not supported yet",
-    "megatron_config": "Megatron layers are not supported",
-    "megatron_core": "Megatron layers are not supported",
-    "use_qalora": "QALoRA is not supported",
-    "qalora_group_size": "QALoRA is not supported",
-    "velora_config": "VeLoRA is not supported",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "use_bdlora": "BD-LoRA is not supported",
-    "arrow_config": "Arrow routing is not supported",
-    "kasa_config": "KaSA is not supported",
+    "megatron_config": "Megatron's parallel layers hold a piece of W each; load the model with transformers and shard it with FSDP or DeepSpeed",
+    "megatron_core": "it names the module of Megatron's parallel layers; load the model with transformers and shard it with FSDP or DeepSpeed",
+    "use_qalora": "QALoRA gives A the mean of each group of inputs, for GPTQ bases alone; put plain LoRA on the quantised base, or train with PEFT",
+    "qalora_group_size": "it only belongs to use_qalora, which is not supported; leave it at 16",
+    "velora_config": "VeLoRA saves memory by an approximate gradient of A; gradient checkpointing saves it with the exact one",
+    "monteclora_config": "MonteCLoRA samples the adapter in each forward and adds a term to the loss; train it with PEFT, or regularise with lora_dropout",
+    "use_bdlora": "BD-LoRA's block-diagonal factors serve sharded inference engines; leave it out for plain LoRA, or train with PEFT",
+    "arrow_config": "Arrow routes tokens between loaded adapters; choose one for each row (adapter_names=[...]), or combine them (add_weighted_adapter)",
+    "kasa_config": "KaSA cuts W's smallest singular values off for good, and disabling the adapter would not give the base back; init_lora_weights='pissa' trains W's largest ones",
 }
 
 
@@ -173,9 +217,11 @@ class PeftConfig:
     ) -> "LoraConfig":
         """The configuration of an adapter in a folder or on the hub.
 
-        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as huggingface_hub has them; any
-        other is set as a field on the result. Raises AdapterFileError if there is no configuration.
+        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as huggingface_hub has them;
+        `trust_remote_code` and `code_revision` mean nothing here; any other is set as a field on the
+        result. Raises AdapterFileError if there is no configuration.
         """
+        kwargs = {key: value for key, value in kwargs.items() if key not in FOREIGN_KEYWORDS}
         hub = {key: kwargs.pop(key) for key in HUB_KEYWORDS if key in kwargs}
         path = adapter_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         assert path is not None  # without required=False it is there, or was an error
@@ -272,7 +318,8 @@ class LoraConfig(PeftConfig):
                 found.append(f"{name}={getattr(self, name)!r}: {why}.")
         if self.runtime_config.ephemeral_gpu_offload:
             found.append(
-                "runtime_config.ephemeral_gpu_offload=True: moving weights to the GPU for a moment is not supported yet."
+                "runtime_config.ephemeral_gpu_offload=True: in PEFT it only speeds up the start of DoRA on a base in CPU memory; "
+                "move the model to the GPU before get_peft_model, or leave it out."
             )
         wrong_types = self._type_problems()
         if wrong_types:
@@ -357,6 +404,11 @@ class LoraConfig(PeftConfig):
         if isinstance(init, str) and _PISSA_NITER.fullmatch(init):
             return []
         names = [name for name in _INITIALISATIONS if isinstance(name, str)]
+        if init == "mica":
+            return [
+                "init_lora_weights='mica': MiCA freezes B at W's least singular directions, and a file does not say that "
+                "it is frozen; init_lora_weights='orthogonal' starts orthogonal too, or train with PEFT."
+            ]
         allowed = f"True, False, {', '.join(map(repr, names))} or 'pissa_niter_<iterations>'"
         if isinstance(init, str) and init.startswith(_DATA_INITIALISATIONS):
             return [f"init_lora_weights={init!r} is not supported yet; use {allowed}."]

@@ -8,6 +8,10 @@ class LowrankError(Exception):
     """The ancestor of all of them. Each also descends from the builtin that callers already catch."""
 
 
+class LowrankWarning(UserWarning):
+    """For the user to decide; the text says what to change."""
+
+
 class ConfigError(LowrankError, ValueError):
     """A `LoraConfig` field has an impossible or unsupported value."""
 
@@ -26,6 +30,10 @@ class ShapeError(LowrankError, ValueError):
 
 class AdapterFileError(LowrankError, ValueError, OSError):
     """An adapter's files are missing, broken, or of a form that is not loaded."""
+
+
+class TensorFileError(LowrankError, ValueError, OSError):
+    """A safetensors file that is broken or cut off."""
 
 
 class AdapterMismatchError(LowrankError, ValueError):
@@ -54,6 +62,10 @@ class CombineError(LowrankError, ValueError):
 
 class ConvertError(LowrankError, ValueError):
     """An adapter that the other format cannot hold, or a file that is of none. Nothing was written."""
+
+
+class HotswapError(LowrankError, ValueError, RuntimeError):
+    """An adapter that cannot take another's place. Nothing was changed."""
 
 
 class NotTrainableError(LowrankError, RuntimeError):

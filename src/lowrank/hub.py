@@ -8,6 +8,9 @@ from lowrank.errors import AdapterFileError, MissingExtraError
 
 # the keywords of huggingface_hub.hf_hub_download that loading accepts
 HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# keywords of transformers' from_pretrained that callers pass along, and that mean nothing for an adapter's
+# files: they hold no code
+FOREIGN_KEYWORDS = ("trust_remote_code", "code_revision")
 
 REPO_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
@@ -69,3 +72,11 @@ def _download(
         raise AdapterFileError(
             f"{repo_id} is no folder here, and the hub did not give its {wanted}: {cause}"
         ) from error
+
+
+def check_if_peft_model(model_name_or_path: str | PathLike) -> bool:
+    """Whether an adapter's configuration is in that folder, or in that repository of the hub."""
+    try:
+        return adapter_file(model_name_or_path, "adapter_config.json", required=False) is not None
+    except (AdapterFileError, ImportError):
+        return False

@@ -25,6 +25,25 @@ from lowrank.lora import (
 from lowrank.mixed_batch import mixed_forward
 from lowrank.routing import Routing
 
+RANK_DIMENSION = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+
+
+def with_rank(parameter: str, tensor: Tensor, r: int) -> Tensor:
+    """The tensor of an adapter, cut to rank `r` or padded to it with zeros, which change nothing.
+
+    parameter: its name within its layer, `lora_A.default.weight`. What has no rank comes back as it is.
+    """
+    dimension = RANK_DIMENSION.get(parameter.partition(".")[0])
+    if dimension is None or tensor.ndim < 2 or tensor.shape[dimension] == r:
+        return tensor
+    if tensor.shape[dimension] > r:
+        return tensor.narrow(dimension, 0, r)
+    shape = list(tensor.shape)
+    shape[dimension] = r
+    padded = tensor.new_zeros(shape)
+    padded.narrow(dimension, 0, tensor.shape[dimension]).copy_(tensor)
+    return padded
+
 
 class Factor(nn.Module):
     """One named tensor of an adapter (A, B or the magnitude), so that its parameter ends in `.weight`."""
@@ -63,7 +82,7 @@ class LoraLayer(nn.Module):
         self.routing = routing or Routing()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, float | Tensor] = {}  # a tensor once prepared for hotswapping
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
@@ -363,21 +382,39 @@ class LoraLayer(nn.Module):
     def set_scale(self, adapter: str, scale: float) -> None:
         """`scale` times the adapter's own scaling."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._initial_scaling[adapter]
+            self._set_scaling(adapter, scale * self._initial_scaling[adapter])
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters."""
         for name in self._active:
             if name in self.scaling:
-                self.scaling[name] *= scale
+                self._set_scaling(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides by `scale`, or goes back to each adapter's own scaling."""
         for name in self._active:
             if name in self.scaling:
-                self.scaling[name] = (
-                    self._initial_scaling[name] if scale is None else self.scaling[name] / scale
-                )
+                initial = self._initial_scaling[name]
+                self._set_scaling(name, initial if scale is None else self.scaling[name] / scale)
+
+    def _set_scaling(self, name: str, value: float | Tensor) -> None:
+        now = self.scaling[name]
+        if isinstance(now, Tensor):
+            now.fill_(value)  # in place: compiled code goes on reading this tensor
+        else:
+            self.scaling[name] = value
+
+    def scale_by_tensor(self, name: str) -> None:
+        """From now on the scaling is a tensor (), which compiled code reads anew in each forward."""
+        weight = self.base_layer.get_parameter(self.kind.weight)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.scaling[name] = torch.as_tensor(self.scaling[name], dtype=dtype, device=weight.device)
+
+    def describe(self, name: str, r: int, lora_alpha: float, scaling: float) -> None:
+        """Other numbers for an adapter whose tensors are being replaced."""
+        self.r[name], self.lora_alpha[name] = r, lora_alpha
+        self._initial_scaling[name] = scaling
+        self._set_scaling(name, scaling)
 
     def _live(self) -> list[str]:
         """The adapters that this layer must add itself: active, present and not merged."""
@@ -416,9 +453,12 @@ class LoraLayer(nn.Module):
         # the small A and B take the dtype of the large x, never the reverse
         dtype = x.dtype if op.floating else y.dtype
         h = op.down(base, x, lora.A.to(dtype), self.lora_dropout[name])
+        scaling = lora.scaling
+        if isinstance(scaling, Tensor):  # low_rank_add takes a number
+            h, scaling = h * scaling, 1.0
         if op.up_onto and lora.bias is None and lora.magnitude is None:
-            return op.up_onto(y, h.to(y.dtype), lora.B.to(y.dtype), lora.scaling)
-        z = op.up(base, h * lora.scaling, lora.B.to(h.dtype)).to(y.dtype)
+            return op.up_onto(y, h.to(y.dtype), lora.B.to(y.dtype), scaling)
+        z = op.up(base, h * scaling, lora.B.to(h.dtype)).to(y.dtype)
         along = [1] * y.ndim
         along[op.channel(base)] = -1
         if lora.bias is not None:
@@ -523,6 +563,9 @@ class LoraLayer(nn.Module):
         for saved in self._unmerged or ():
             if isinstance(saved, nn.Parameter):
                 saved.data = fn(saved.data)
+        for name, scaling in self.scaling.items():
+            if isinstance(scaling, Tensor):
+                self.scaling[name] = scaling.to(fn(scaling).device)
         return self
 
     def forget_unmerged(self) -> None:

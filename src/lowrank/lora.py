@@ -20,7 +20,7 @@ class Lora(NamedTuple):
 
     A: Tensor  # (*expert, r, in)
     B: Tensor  # (*expert, out, r)
-    scaling: float
+    scaling: float | Tensor  # a tensor () where compiled code is to follow its changes
     magnitude: Tensor | None = None  # (*expert, out)  DoRA
     bias: Tensor | None = None  # (out,)  lora_bias
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank import functional
 from lowrank.config import LoraConfig
-from lowrank.errors import AdapterNameError, ConfigError, MergeError, RowsError, did_you_mean
+from lowrank.errors import ConfigError, RowsError, did_you_mean
 from lowrank.init import Init
 from lowrank.inject import check_name, inject
 from lowrank.log import logger
@@ -78,9 +79,6 @@ class LoraModel(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         self.check_known(names)
-        if any(getattr(module, "merged", False) for _, module in wrappers(self.model)):
-            logger.warning("set_adapter(%r) undoes the merge that was in place.", adapter_name)
-            unmerge_all(self.model)
         _activate(self.model, self.peft_config, names, inference_mode)
         self.active_adapter = names[0] if len(names) == 1 else names
 
@@ -106,13 +104,7 @@ class LoraModel(nn.Module):
         Raises MergeError if it is merged.
         """
         self.check_known([adapter_name])
-        for _, module in wrappers(self.model):
-            if adapter_name in getattr(module, "merged_adapters", []):
-                raise MergeError(
-                    f"Adapter {adapter_name!r} is merged: unmerge_adapter() first, then delete it."
-                )
-        for _, module in wrappers(self.model):
-            module.delete_adapter(adapter_name)
+        functional.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
         if adapter_name not in self.active_adapters:
             return
@@ -156,12 +148,7 @@ class LoraModel(nn.Module):
         return unload(self.model, merge=False)
 
     def check_known(self, names: Sequence[str]) -> None:
-        for name in names:
-            if name not in self.peft_config:
-                raise AdapterNameError(
-                    f"There is no adapter named {name!r}; there are: {', '.join(self.peft_config) or 'none'}."
-                    + did_you_mean(name, self.peft_config)
-                )
+        functional.check_known(names, self.peft_config)
 
 
 @contextmanager
@@ -282,8 +269,7 @@ def add_to_model(
 def _activate(
     model: nn.Module, configs: dict[str, LoraConfig], names: list[str], inference_mode: bool
 ) -> None:
-    for _, module in wrappers(model):
-        module.set_adapter(names, inference_mode=inference_mode)
+    functional.set_adapter(model, names, inference_mode)
     for name, config in configs.items():
         for parameter in base_biases(model, config.bias).values():
             parameter.requires_grad_(name in names and not inference_mode)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank import functional
 from lowrank.adapter_file import Adapter, read_start, read_tensors, write_adapter
 from lowrank.card import write_card
 from lowrank.combine import combine
+from lowrank.compat import ensure_recognised
 from lowrank.config import LoraConfig, PeftConfig, TaskType
 from lowrank.errors import (
     AdapterMismatchError,
@@ -82,6 +84,7 @@ class PeftModel(nn.Module):
         self.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
         if checkpoints_activations(model):
             let_gradients_in(model)
+        ensure_recognised(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -289,8 +292,7 @@ class PeftModel(nn.Module):
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         """Makes the parameters of these adapters trainable, or frozen."""
-        for _, module in wrappers(self):
-            module.set_requires_grad(adapter_names, requires_grad)
+        functional.set_requires_grad(self, adapter_names, requires_grad)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, adapters counted in both."""

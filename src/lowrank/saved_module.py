@@ -88,6 +88,13 @@ class ModulesToSaveWrapper(nn.Module):
             for key, p in self.modules_to_save[name].named_parameters()
         }
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """For each key of the adapter's file, below this module's path, the name of its tensor; PEFT's name."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        state = self.modules_to_save[adapter_name].state_dict()
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in state}
+
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Raises AdapterNameError if more than one of them has a copy: two whole modules do not add up."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

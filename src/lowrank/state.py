@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.config import LoraConfig
-from lowrank.errors import AdapterFileError, AdapterMismatchError, did_you_mean
+from lowrank.errors import AdapterFileError, AdapterMismatchError, MergeError, did_you_mean
 from lowrank.hub import adapter_file
-from lowrank.layer import LoraLayer
+from lowrank.layer import RANK_DIMENSION, LoraLayer, with_rank
 from lowrank.wrappers import base_biases, lora_chains, lora_layers, wrappers
 
 _SHOWN = 8
@@ -31,9 +31,9 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
         if isinstance(wrapper, LoraLayer):
             if wrapper in chains.get(path, []):
                 keys |= _layer_keys(path, chains[path], adapter_name)
-        elif adapter_name in wrapper.modules_to_save:
-            for name in wrapper.modules_to_save[adapter_name].state_dict():
-                keys[prefix + name] = f"{prefix}modules_to_save.{adapter_name}.{name}"
+        else:
+            for key, name in wrapper.adapter_state_dict_load_map(adapter_name).items():
+                keys[prefix + key] = prefix + name
     bias = getattr(_config(model, adapter_name), "bias", "none")
     keys.update({name: name for name in base_biases(model, bias)})
     return keys
@@ -83,7 +83,10 @@ def get_peft_model_state_dict(
         raise AdapterMismatchError(
             f"state_dict lacks {len(lost)} of the adapter's {len(keys)} tensors: {lost[:3]}."
         )
-    return {key: _whole(state[name]) for key, name in keys.items()}
+    found = {key: _whole(state[name]) for key, name in keys.items()}
+    for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
+        found[key] = with_rank(parameter, found[key], layer.r[adapter_name])
+    return found
 
 
 def set_peft_model_state_dict(
@@ -113,6 +116,14 @@ def set_peft_model_state_dict(
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers()),
     }
+    for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
+        here, r = parameters[keys[key]], layer.r[adapter_name]
+        if key not in tensors or tensors[key].shape == here.shape:
+            continue
+        if tensors[key].shape == with_rank(parameter, here, r).shape:
+            # an adapter padded for hotswapping takes its own file back
+            padded = here.shape[RANK_DIMENSION[parameter.partition(".")[0]]]
+            tensors[key] = with_rank(parameter, tensors[key], padded)
     wrong = {
         key: (tuple(tensors[key].shape), tuple(parameters[name].shape))
         for key, name in target.items()
@@ -126,6 +137,65 @@ def set_peft_model_state_dict(
             if key in tensors and key not in wrong:
                 _fill(model, name, parameters[name], tensors[key])
     return LoadResult(missing, unexpected)
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base's tensors, unmerged, by the names that they have without adapters; views of its parameters."""
+    base = _base(model)
+    state = {**base.state_dict(), **_unmerged(base)}
+    return {name: state[key] for name, key in _base_names(base).items()}
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> LoadResult:
+    """Loads tensors into the base, by the names that they have without adapters.
+
+    Raises MergeError while something is merged, and AdapterMismatchError, with nothing loaded, for a
+    tensor of another shape and (`strict`) for missing and unexpected ones.
+    """
+    base = _base(model)
+    if any(layer.merged for _, layer in lora_layers(base)):
+        raise MergeError("The base holds merged weights: unmerge_adapter() before loading others.")
+    names, present = _base_names(base), base.state_dict()
+    missing = [name for name in names if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in names]
+    wrong = {
+        name: (tuple(state_dict[name].shape), tuple(present[key].shape))
+        for name, key in names.items()
+        if name in state_dict and state_dict[name].shape != present[key].shape
+    }
+    if wrong or (strict and (missing or unexpected)):
+        text = _mismatch_text(names, missing, unexpected, wrong, None)
+        raise AdapterMismatchError(text.replace("This adapter does", "These tensors do", 1))
+    found = {names[name]: tensor for name, tensor in state_dict.items() if name in names}
+    base.load_state_dict(found, strict=False)
+    return LoadResult(missing, unexpected)
+
+
+def _base(model: nn.Module) -> nn.Module:
+    get = getattr(type(model), "get_base_model", None)
+    return get(model) if get else model
+
+
+def _base_names(base: nn.Module) -> dict[str, str]:
+    """For every tensor of the base, by its name without adapters, its name in the model as it is."""
+    inner = {
+        path: "base_layer." if isinstance(module, LoraLayer) else "original_module."
+        for path, module in wrappers(base)
+    }
+    found = {}
+    for key in base.state_dict():
+        name = key
+        for path in sorted(inner, key=len, reverse=True):
+            if name.startswith(f"{path}."):
+                rest = name[len(path) + 1 :]
+                if not rest.startswith(inner[path]):
+                    break  # the adapter's own
+                name = f"{path}.{rest.removeprefix(inner[path])}"
+        else:
+            found[name] = key
+    return found
 
 
 def embedding_keys(model: nn.Module, adapter_name: str) -> list[str]:
@@ -190,6 +260,19 @@ def vocab_size(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     text = getattr(config, "get_text_config", None)
     return getattr(text() if text else config, "vocab_size", None)
+
+
+def _factors(
+    model: nn.Module, adapter_name: str, keys: Mapping[str, str]
+) -> dict[str, tuple[str, LoraLayer]]:
+    """For those of the file's keys that belong to a LoraLayer: the name within the layer, and the layer."""
+    found = {
+        f"{path}.{parameter}" if path else parameter: (parameter, layer)
+        for path, layer in lora_layers(model)
+        if adapter_name in layer.r
+        for parameter in layer.adapter_parameters(adapter_name)
+    }
+    return {key: found[name] for key, name in keys.items() if name in found}
 
 
 def _config(model: nn.Module, adapter_name: str) -> LoraConfig | None:

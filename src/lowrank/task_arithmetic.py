@@ -113,7 +113,7 @@ def on_factors(
         ranks = [lora.A.shape[0] for lora, _ in parts]
         if len(set(ranks)) > 1:
             raise ShapeError(f"the ranks differ: {', '.join(map(str, ranks))}")
-        products = [lora.scaling * weight for lora, weight in parts]
+        products = [float(lora.scaling) * weight for lora, weight in parts]
         roots = [math.sqrt(abs(product)) for product in products]
         signed = [math.copysign(root, p) for root, p in zip(roots, products, strict=True)]
         dtype = _dtype(parts)

@@ -23,8 +23,8 @@ class Layout(NamedTuple):
     A_shape: Callable[[Size, tuple[int, int], int], tuple[int, ...]]
     B_shape: Callable[[Size, tuple[int, int], int], tuple[int, ...]]
     magnitude_shape: Callable[[Size, tuple[int, int]], tuple[int, ...]]
-    A_matrix: Callable[[Tensor, int], Tensor] = lambda A, r: A.reshape(r, -1)
-    B_matrix: Callable[[Tensor, int], Tensor] = lambda B, r: B.reshape(-1, r)
+    A_matrix: Callable[[Tensor, int], Tensor] = lambda A, r: A.flatten(1)
+    B_matrix: Callable[[Tensor, int], Tensor] = lambda B, r: B.flatten(1)
     A_saved: Callable[[Tensor], Tensor] = lambda A: A  # the reverse of A_matrix, up to the shape
     B_saved: Callable[[Tensor], Tensor] = lambda B: B
 

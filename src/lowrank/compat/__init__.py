@@ -7,16 +7,19 @@ sys.path is the whole mechanism. No import hook, no patching; subprocesses inher
 
 import importlib
 import importlib.util
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lowrank.errors import LowrankError
+from lowrank.errors import LowrankError, LowrankWarning
 
 SHIM = str(Path(__file__).parent / "shim")
+OPT_OUT = "LOWRANK_NO_PEFT_ALIAS"
 MISSING = object()
 # where transformers keeps PEFT's classes under module-level names
 HELD = {
@@ -41,7 +44,7 @@ def install(override: bool = False) -> None:
         if SHIM not in sys.path:
             sys.path.append(SHIM)  # the installed PEFT is found first
         return
-    late = sorted({name for name in TOO_LATE for module in sys.modules if _within(module, name)})
+    late = _late()
     if late and not is_ours():
         raise CompatError(
             f"{' and '.join(late)} was imported before lowrank.compat.install() and has taken in "
@@ -49,6 +52,16 @@ def install(override: bool = False) -> None:
             "Call lowrank.compat.install() before importing it."
         )
     _switch()
+
+
+def append_if_no_peft() -> None:
+    """What `import lowrank` does: the shim goes last on sys.path, if no `peft` is found there.
+
+    Imports nothing. Not done if LOWRANK_NO_PEFT_ALIAS is set, nor after a library that has already taken
+    in that there is no peft.
+    """
+    if not os.environ.get(OPT_OUT) and not _importable() and not _late():
+        sys.path.append(SHIM)
 
 
 @contextmanager
@@ -75,8 +88,44 @@ def is_ours() -> bool:
     return spec is not None and str(spec.origin).startswith(SHIM)
 
 
+def ensure_recognised(model: Any) -> None:
+    """Sees to it that transformers' Trainer takes `model` for an adapted one, as far as that is ours to do.
+
+    If transformers is imported and did not find a peft, because lowrank came later, it gets ours. If it
+    has the installed PEFT, that stays, and a warning says, once in a process, what to do.
+    """
+    recognises = getattr(sys.modules.get("transformers.trainer_utils"), "_is_peft_model", None)
+    if recognises is None or recognises(model):
+        return
+    if is_ours() and not os.environ.get(OPT_OUT):
+        install()
+    elif not _warned:
+        _warned.append(True)
+        warnings.warn(
+            f"transformers' Trainer does not recognise this {type(model).__name__} of lowrank, since it asks the "
+            f"{'installed PEFT' if _importable() else 'PEFT that is not there'}: it would save whole models and "
+            "report no eval loss. If you train with it, call lowrank.compat.install(override=True) at the top of "
+            "your program, or run it by `python -m lowrank.compat program.py`.",
+            LowrankWarning,
+            stacklevel=4,
+        )
+
+
+_warned: list[bool] = []
+
+
+def _importable() -> bool:
+    """Whether there is a `peft` to import; a folder of that name without code is none."""
+    spec = importlib.util.find_spec("peft")
+    return spec is not None and spec.origin is not None
+
+
 def _installed_peft() -> bool:
-    return importlib.util.find_spec("peft") is not None and not is_ours()
+    return _importable() and not is_ours()
+
+
+def _late() -> list[str]:
+    return sorted({name for name in TOO_LATE for module in sys.modules if _within(module, name)})
 
 
 def _switch() -> None:

@@ -1,6 +1,13 @@
 """lowrank under PEFT's name. This package holds no code: what it gives is lowrank's own."""
 
 from lowrank import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
     LoraConfig,
     LoraModel,
     LoraRuntimeConfig,
@@ -14,22 +21,53 @@ from lowrank import (
     PeftModelForTokenClassification,
     PeftType,
     TaskType,
+    cast_mixed_precision_params,
+    get_base_model_state_dict,
+    get_layer_status,
+    get_model_status,
+    get_peft_config,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    load_peft_weights,
     prepare_model_for_kbit_training,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from lowrank.compat.absent import PeftMixedModel
+from lowrank.compat import absent
+from lowrank.compat.absent import *  # noqa: F403
+from lowrank.compat.names import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+    NoMatchingPeftModuleError,
+    PeftError,
+    PeftWarning,
+)
+from lowrank.peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 __version__ = "0.21.2+lowrank"
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "NoMatchingPeftModuleError",
     "PeftConfig",
-    "PeftMixedModel",
+    "PeftError",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -38,11 +76,19 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "TaskType",
-    "__version__",
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    *absent.__all__,
 ]

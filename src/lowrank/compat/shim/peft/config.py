@@ -1,0 +1,4 @@
+from lowrank.compat.absent import PromptLearningConfig
+from lowrank.config import PeftConfig
+
+__all__ = ["PeftConfig", "PromptLearningConfig"]

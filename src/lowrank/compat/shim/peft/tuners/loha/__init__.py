@@ -1,0 +1,3 @@
+from lowrank.compat.absent import LoHaConfig, LoHaModel
+
+__all__ = ["LoHaConfig", "LoHaModel"]

@@ -1,0 +1,3 @@
+from lowrank.compat.absent import LoHaLayer
+
+__all__ = ["LoHaLayer"]

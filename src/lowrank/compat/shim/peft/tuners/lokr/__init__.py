@@ -1,0 +1,3 @@
+from lowrank.compat.absent import LoKrConfig, LoKrModel
+
+__all__ = ["LoKrConfig", "LoKrModel"]

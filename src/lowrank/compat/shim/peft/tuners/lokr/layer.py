@@ -1,0 +1,3 @@
+from lowrank.compat.absent import LoKrLayer, factorization
+
+__all__ = ["LoKrLayer", "factorization"]

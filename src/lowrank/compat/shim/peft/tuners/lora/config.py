@@ -1,0 +1,3 @@
+from lowrank import LoraConfig, LoraRuntimeConfig
+
+__all__ = ["LoraConfig", "LoraRuntimeConfig"]

@@ -1,0 +1,3 @@
+from lowrank import LoraLayer
+
+__all__ = ["LoraLayer"]

@@ -1,0 +1,3 @@
+from lowrank import LoraModel
+
+__all__ = ["LoraModel"]

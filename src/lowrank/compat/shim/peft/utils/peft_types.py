@@ -1,0 +1,3 @@
+from lowrank import PeftType, TaskType
+
+__all__ = ["PeftType", "TaskType"]

@@ -1,0 +1,172 @@
+"""safetensors files, tensor by tensor and block by block: where each one lies, and files laid out before they are filled.
+
+The format: eight bytes with the header's length, the header (JSON: name → dtype, shape, place), the data.
+Blocks are read and written at their place with `pread` and `pwrite`. Memory mapping would count every page
+that was touched as resident.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import TensorFileError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes; the format's own
+
+
+class Entry(NamedTuple):
+    """One tensor in a file, not read yet."""
+
+    file: Path
+    name: str
+    dtype: str  # as the file calls it, "BF16"
+    shape: tuple[int, ...]
+    start: int  # its first byte in the file
+    bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None for a dtype that only its bytes can be copied of."""
+        return DTYPES.get(self.dtype)
+
+    @property
+    def floating(self) -> bool:
+        dtype = self.torch_dtype
+        return dtype is not None and dtype.is_floating_point
+
+    def read(self) -> Tensor:
+        """The whole tensor, in memory of its own."""
+        with opened(self.file) as file:
+            return read_block(file, self, 0, math.prod(self.shape)).view(self.shape)
+
+
+class Layout(NamedTuple):
+    """A file before it is filled: its head, and where each tensor begins."""
+
+    head: bytes
+    start: dict[str, int]
+    bytes: int
+
+
+def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a file by name, in their order there, and its metadata. Raises TensorFileError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+            raise TensorFileError(f"{path} is no safetensors file, or not all of it is there.")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise TensorFileError(f"{path}: the header is broken: {error}") from error
+    metadata = header.pop("__metadata__", None) or {}
+    found = {}
+    for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = row["data_offsets"]
+        if not 0 <= begin <= end <= size - 8 - length:
+            raise TensorFileError(f"{path} ends before its tensor {name!r} does: it is cut off.")
+        start = 8 + length + begin
+        found[name] = Entry(path, name, row["dtype"], tuple(row["shape"]), start, end - begin)
+    return found, metadata
+
+
+def layout(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> Layout:
+    """Where each of `tensors` (name, the file's dtype, shape, bytes) will lie, wider entries first."""
+    rows = list(tensors)
+    # the wide ones first, so that each begins at a multiple of its entries' size
+    rows.sort(key=lambda row: -(row[3] // max(1, math.prod(row[2]))))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    offsets = {}
+    for name, dtype, shape, size in rows:
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offsets[name] = offset
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = {name: start + at for name, at in offsets.items()}
+    return Layout(len(text).to_bytes(8, "little") + text, places, start + offset)
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """A file descriptor for `pread` and `pwrite`, which threads may share."""
+    file = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def read_block(file: int, entry: Entry, begin: int, end: int, into: bytearray | None = None):
+    """Entries `begin` to `end` of the flattened tensor, (end - begin,); in `into` if it is given."""
+    dtype = entry.torch_dtype
+    assert dtype is not None, entry.dtype
+    size = (end - begin) * dtype.itemsize
+    buffer = bytearray(size) if into is None else into
+    read_bytes(file, memoryview(buffer)[:size], entry.start + begin * dtype.itemsize)
+    if not size:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=end - begin)
+
+
+def read_bytes(file: int, into: memoryview, at: int) -> None:
+    """Fill `into` from the place `at`. Raises TensorFileError if the file ends before."""
+    while into:
+        count = os.preadv(file, [into], at)
+        if not count:
+            raise TensorFileError("A file became shorter while it was read.")
+        into, at = into[count:], at + count
+
+
+def write_bytes(file: int, data: memoryview, at: int) -> None:
+    """Write all of `data` at the place `at`."""
+    while data:
+        count = os.pwrite(file, data, at)
+        data, at = data[count:], at + count
+
+
+def copy_bytes(source: int, start: int, size: int, file: int, at: int) -> None:
+    """Copy `size` bytes between files, in the kernel where it can."""
+    in_kernel = hasattr(os, "copy_file_range")
+    buffer = bytearray()
+    while size:
+        count = 0
+        if in_kernel:
+            try:
+                count = os.copy_file_range(source, file, min(size, 1 << 26), start, at)
+            except OSError:  # two file systems, or one that cannot
+                in_kernel = False
+        if not count:
+            buffer = buffer or bytearray(min(size, 1 << 20))
+            count = min(size, len(buffer))
+            read_bytes(source, memoryview(buffer)[:count], start)
+            write_bytes(file, memoryview(buffer)[:count], at)
+        start, at, size = start + count, at + count, size - count
