@@ -773,6 +773,21 @@ def test_components(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_base_that_is_named_stands_in_the_result(tmp_path):
+    source = written(tmp_path / "in", LLAMA, base_model_name_or_path="a/b")
+    convert(source, tmp_path / "mlx", "mlx")
+    convert(tmp_path / "mlx", tmp_path / "out", "peft")
+    assert read_adapter(tmp_path / "out").config.base_model_name_or_path == "a/b"
+    convert(tmp_path / "mlx", tmp_path / "out2", "peft", base="c/d")
+    assert read_adapter(tmp_path / "out2").config.base_model_name_or_path == "c/d"
+
+
+def test_nothing_left_to_write(tmp_path):
+    source = written(tmp_path / "in", {"mid_block.resnets.0.conv1": (6, 4, 3, 3)})
+    with pytest.raises(ConvertError, match="no layer to write"):
+        convert(source, tmp_path / "mlx", "mlx", drop="convolutions")
+
+
 def test_wrong_arguments_are_told_at_once(tmp_path):
     source = written(tmp_path / "in", LLAMA)
     with pytest.raises(ConvertError) as caught:

@@ -1,12 +1,15 @@
 """Adapters in the formats of other programs: a table of readers and writers, with `Adapter` in the middle."""
 
+import dataclasses
 import importlib
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lowrank.adapter_file import WEIGHTS_NAME, Adapter, load_tensors
+from safetensors import SafetensorError, safe_open
+
+from lowrank.adapter_file import WEIGHTS_NAME, Adapter
 from lowrank.config import CONFIG_NAME, LoraConfig
 from lowrank.errors import ConvertError, did_you_mean, listed
 from lowrank.formats import diffusers, kohya, mlx, peft
@@ -58,8 +61,9 @@ def convert(
     to, source_format: "peft", "diffusers", "kohya", "mlx" or "gguf"; the source's is recognised by its files.
     component: of a file with several (unet, text_encoder, …) the one to take; for an adapter by itself that
         goes into such a file, what it is for.
-    base: the base model's folder or name on the Hub, where a format needs its config.json (GGUF; MLX with an
-        embedding) or a pipeline's module names (kohya); None: what the adapter's configuration says.
+    base: the base model's folder or name on the Hub, which the configuration then names. Needed, if the adapter's
+        own does not name it, for its config.json (GGUF; MLX with an embedding); kohya's names are then those of
+        this pipeline's folder.
     dtype: "f32" (default) or "f16", for GGUF. The other formats keep the tensors' own.
     drop: kinds of tensors to leave out, that are refused otherwise: dora, lora_bias, embeddings, convolutions,
         saved, unknown.
@@ -91,6 +95,9 @@ def convert(
     adapters = _chosen(_module(format).read(Path(source), options), component, to, str(source))
     dropped: dict[str, list[str]] = {}
     for name, adapter in adapters.items():
+        if base is not None:
+            config = dataclasses.replace(adapter.config, base_model_name_or_path=base)
+            adapter = adapter._replace(config=config)
         adapters[name], gone = without(adapter, kinds)
         for kind, keys in gone.items():
             dropped.setdefault(kind, []).extend(f"{name}.{key}".lstrip(".") for key in keys)
@@ -127,14 +134,18 @@ def detect(path: str | PathLike) -> str:
             return "gguf"
     if path.suffix != ".safetensors":
         raise ConvertError(f"{path} is neither a safetensors file nor GGUF.")
-    keys, _ = load_tensors(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            keys = list(opened.keys())
+    except SafetensorError as error:
+        raise ConvertError(f"{path} is not a whole safetensors file: {error}") from error
     if any(".lora_down." in key or key.endswith(".dora_scale") for key in keys):
         return "kohya"
     if path.name in (WEIGHTS_NAME, mlx.WEIGHTS):
         raise ConvertError(f"{path} is read with the configuration beside it: name {path.parent}.")
     if any("lora" in key for key in keys):
         return "diffusers"
-    raise ConvertError(f"{path} holds no adapter of a known format: {', '.join(list(keys)[:5])}.")
+    raise ConvertError(f"{path} holds no adapter of a known format: {', '.join(keys[:5])}.")
 
 
 def _module(format: str) -> Any:

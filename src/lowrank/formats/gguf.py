@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank.adapter_file import Adapter
 from lowrank.adapter_layers import AdapterLayer, read_layers
-from lowrank.errors import ConvertError, MissingExtraError, listed
+from lowrank.errors import AdapterFileError, ConvertError, MissingExtraError, listed
 from lowrank.files import replacing
 from lowrank.formats.base_model import ARCHITECTURES, Architecture, is_tied, read_config
 from lowrank.formats.layers import Options, as_adapter, folded, most_common, shown, unknown
@@ -67,7 +67,6 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
         layers,
         f"gguf: {path.name}",
         fan_in_fan_out=row.transposed,
-        base_model_name_or_path=options.base,
         task_type="CAUSAL_LM",
     )
     return {"": adapter}
@@ -78,7 +77,7 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
     (adapter,) = adapters.values()
     if path.suffix != ".gguf":
         raise ConvertError(f"{path} must be the name of a file: {path}.gguf.")
-    base = options.base or adapter.config.base_model_name_or_path
+    base = adapter.config.base_model_name_or_path
     config = read_config(base, f"the architecture, and {_NEEDS_HEADS}")
     row = ARCHITECTURES.get(config.get("model_type", ""))
     if row is None:
@@ -128,6 +127,14 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(temporary).tensors}
+        same = written.keys() == tensors.keys() and all(
+            (tensor.numpy() == written[name]).all() for name, tensor in tensors.items()
+        )
+        if not same:
+            raise AdapterFileError(
+                f"{path} does not hold what was written to it. Is the disk full?"
+            )
     return [path]
 
 

@@ -112,10 +112,7 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
         )
     if problems:
         raise ConvertError(f"{path}: " + listed(problems))
-    fields = {"base_model_name_or_path": options.base}
-    return {
-        name: as_adapter(layers, f"kohya: {path.name}", **fields) for name, layers in found.items()
-    }
+    return {name: as_adapter(layers, f"kohya: {path.name}") for name, layers in found.items()}
 
 
 def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list[Path]:

@@ -184,7 +184,10 @@ def check_holds(adapter: Adapter, format: str, kinds: frozenset[str], any_config
             for name, plain in _MEANING.items()
             if getattr(config, name) not in (plain, [], {})
         ]
-    problems += read_layers(adapter).problems
+    layers, _, wrong = read_layers(adapter)
+    problems += wrong
+    if not layers and not wrong:
+        problems.append("There is no layer to write.")
     if problems:
         raise ConvertError(listed(problems))
 

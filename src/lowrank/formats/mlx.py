@@ -63,7 +63,7 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
         layers,
         f"mlx: {path.name}",
         lora_dropout=float(said.get("dropout", 0.0)),
-        base_model_name_or_path=options.base or config.get("model"),
+        base_model_name_or_path=config.get("model"),
         task_type="CAUSAL_LM",
     )
     return {"": adapter}
@@ -78,7 +78,7 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
             f"MLX's names are known for model.layers.…, model.embed_tokens and lm_head, and not for "
             f"{len(foreign)} modules: {shown(foreign)}."
         )
-    _check_embeddings(layers, options.base or config.base_model_name_or_path)
+    _check_embeddings(layers, config.base_model_name_or_path)
     rank = max(layer.r for layer in layers.values())
     scale = most_common(layer.scaling for layer in layers.values())
     tensors = {}
