@@ -346,6 +346,25 @@ def test_fields_that_change_what_tensors_mean_are_refused():
         check_holds(adapter, "mlx", frozenset(), any_config=False)
 
 
+def test_stacked_factors_of_experts_go_only_where_their_configuration_goes(tmp_path):
+    """Two parameters of three experts: r·experts rows each, one key within the other's base_layer."""
+    at = f"{PREFIX}model.layers.0.mlp.experts"
+    tensors = {
+        f"{at}.lora_A.weight": torch.randn(6, 5),
+        f"{at}.lora_B.weight": torch.randn(7, 6),
+        f"{at}.base_layer.lora_A.weight": torch.randn(6, 7),
+        f"{at}.base_layer.lora_B.weight": torch.randn(9, 6),
+    }
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=names)
+    write_adapter(tmp_path / "in", lowrank.Adapter(config, tensors, {}))
+    convert(tmp_path / "in", tmp_path / "out", "peft")
+    assert read_adapter(tmp_path / "out").tensors.keys() == tensors.keys()
+    assert read_adapter(tmp_path / "out").config == config
+    with pytest.raises(ConvertError, match=r"target_parameters=.*mlx"):
+        convert(tmp_path / "in", tmp_path / "mlx", "mlx")
+
+
 # --- kohya ----------------------------------------------------------------------------------------
 
 

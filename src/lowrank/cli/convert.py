@@ -96,12 +96,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(adapter: Any) -> dict[str, Any]:
-    from lowrank.adapter_layers import read_layers
-
-    layers = read_layers(adapter).layers.values()
+    factors = [
+        tensor
+        for key, tensor in adapter.tensors.items()
+        if key.endswith((".lora_A.weight", ".lora_embedding_A"))
+    ]
     return {
-        "layers": len(layers),
-        "ranks": sorted({layer.r for layer in layers}),
+        "layers": len(factors),
+        "ranks": sorted({len(A) for A in factors}),
         "dora": adapter.config.use_dora,
         "params": sum(tensor.numel() for tensor in adapter.tensors.values()),
     }

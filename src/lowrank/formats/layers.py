@@ -184,10 +184,9 @@ def check_holds(adapter: Adapter, format: str, kinds: frozenset[str], any_config
             for name, plain in _MEANING.items()
             if getattr(config, name) not in (plain, [], {})
         ]
-    layers, _, wrong = read_layers(adapter)
-    problems += wrong
-    if not layers and not wrong:
-        problems.append("There is no layer to write.")
+    if not config.target_parameters:  # whose factors are stacked, and are no layers
+        layers, _, wrong = read_layers(adapter)
+        problems += wrong if layers or wrong else ["There is no layer to write."]
     if problems:
         raise ConvertError(listed(problems))
 
