@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter_file import read_tensors
+from lowrank.bases.kinds import EXPERTS
 from lowrank.config import LoraConfig, PeftConfig
 from lowrank.errors import AdapterNameError, HotswapError, did_you_mean, listed
 from lowrank.fingerprint import check_base as check_fingerprint
@@ -210,13 +211,20 @@ def _at_layer(
     r = pattern_value(config.rank_pattern, base_path, config.r)
     alpha = pattern_value(config.alpha_pattern, base_path, config.lora_alpha)
     swap = _Swap(layer, tensors, r, alpha, config.use_rslora)
+    if layer.kind.layout is EXPERTS:
+        return swap, [f"{path}: adapters of fused experts cannot be swapped in place."]
     here = layer.adapter_parameters(adapter_name)
     problems = [f"{path}.{name} is missing." for name in here if tensors and name not in tensors]
     for name, tensor in tensors.items():
         expected = with_rank(name, here[name], r).shape
         if tensor.shape != expected:
             problems.append(_shapes(f"{path}.{name}", tensor.shape, expected, r))
-    room = layer.lora(adapter_name).A.shape[0]
+    if layer.start_factors(adapter_name):
+        problems.append(
+            f"{path}: the adapter here started from W, which the new one does not know; "
+            "save it with as_plain_lora=True and load that."
+        )
+    room = layer.room(adapter_name)
     if tensors and r > room and isinstance(layer.scaling[adapter_name], Tensor):
         problems.append(
             f"{path}: rank {r} is more than the {room} it was prepared for: "
@@ -227,7 +235,7 @@ def _at_layer(
 
 def _put(swap: _Swap, adapter_name: str) -> None:
     layer = swap.layer
-    room = max(layer.lora(adapter_name).A.shape[0], swap.r if swap.tensors else 0)
+    room = max(layer.room(adapter_name), swap.r if swap.tensors else 0)
     _resize(layer, adapter_name, room)
     for name, parameter in layer.adapter_parameters(adapter_name).items():
         if name in swap.tensors:

@@ -260,7 +260,7 @@ class LoraLayer(nn.Module):
         if name in self.lora_magnitude_vector:
             factor: Any = self.lora_magnitude_vector[name]
             magnitude = factor.weight.reshape(-1)
-        r, layout = self.r[name], self.kind.layout
+        r, layout = self.room(name), self.kind.layout
         A, B = layout.A_matrix(A, r), layout.B_matrix(B, r)
         if name in self.lora_start_A._buffers:
             A_0 = layout.A_matrix(self.lora_start_A.get_buffer(name), r)
@@ -275,6 +275,12 @@ class LoraLayer(nn.Module):
         down: Any = self.lora_A[name]
         up: Any = self.lora_B[name]
         return down.weight, up.weight
+
+    def room(self, name: str) -> int:
+        """The rank that the parameters A and B have room for: r, or more where hotswapping padded them."""
+        rows = self._factors(name)[0].shape[0]
+        experts = self.kind.experts(self.base_layer) if self.kind.layout is EXPERTS else 1
+        return rows // experts
 
     def rank(self, name: str) -> int:
         """The rank of `lora(name)`: r, or 2r if the adapter's start is taken out of W."""

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank.bases.kinds import EXPERTS
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, AdapterMismatchError, MergeError, did_you_mean
 from lowrank.hub import adapter_file
-from lowrank.layer import RANK_DIMENSION, LoraLayer, with_rank
+from lowrank.layer import LoraLayer, with_rank
 from lowrank.wrappers import base_biases, lora_chains, lora_layers, wrappers
 
 _SHOWN = 8
@@ -118,12 +119,9 @@ def set_peft_model_state_dict(
     }
     for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
         here, r = parameters[keys[key]], layer.r[adapter_name]
-        if key not in tensors or tensors[key].shape == here.shape:
-            continue
-        if tensors[key].shape == with_rank(parameter, here, r).shape:
+        if key in tensors and tensors[key].shape == with_rank(parameter, here, r).shape:
             # an adapter padded for hotswapping takes its own file back
-            padded = here.shape[RANK_DIMENSION[parameter.partition(".")[0]]]
-            tensors[key] = with_rank(parameter, tensors[key], padded)
+            tensors[key] = with_rank(parameter, tensors[key], layer.room(adapter_name))
     wrong = {
         key: (tuple(tensors[key].shape), tuple(parameters[name].shape))
         for key, name in target.items()
@@ -265,11 +263,11 @@ def vocab_size(model: nn.Module) -> int | None:
 def _factors(
     model: nn.Module, adapter_name: str, keys: Mapping[str, str]
 ) -> dict[str, tuple[str, LoraLayer]]:
-    """For those of the file's keys that belong to a LoraLayer: the name within the layer, and the layer."""
+    """For the file's keys that belong to a LoraLayer that may be padded: the name within it, and the layer."""
     found = {
         f"{path}.{parameter}" if path else parameter: (parameter, layer)
         for path, layer in lora_layers(model)
-        if adapter_name in layer.r
+        if adapter_name in layer.r and layer.kind.layout is not EXPERTS
         for parameter in layer.adapter_parameters(adapter_name)
     }
     return {key: found[name] for key, name in keys.items() if name in found}
