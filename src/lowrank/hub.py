@@ -7,10 +7,17 @@ from pathlib import Path
 from lowrank.errors import AdapterFileError, MissingExtraError
 
 # the keywords of huggingface_hub.hf_hub_download that loading accepts
-HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+HUB_KEYWORDS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "tqdm_class",
+)
 # keywords of transformers' from_pretrained that callers pass along, and that mean nothing for an adapter's
-# files: they hold no code
-FOREIGN_KEYWORDS = ("trust_remote_code", "code_revision")
+# files: they hold no code, and huggingface_hub takes its proxies from the environment
+FOREIGN_KEYWORDS = ("trust_remote_code", "code_revision", "proxies")
 
 REPO_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
@@ -42,7 +49,8 @@ def adapter_file(
     # a few old base models have an id without an owner: looked up in the cache, never asked for
     if not REPO_ID.fullmatch(name) or ("/" not in name and not hub.get("local_files_only")):
         raise AdapterFileError(f"{name} is no folder here, and no hub id (owner/name) either.")
-    return _download(name, filename, subfolder, required, hub)
+    known = {key: value for key, value in hub.items() if key not in FOREIGN_KEYWORDS}
+    return _download(name, filename, subfolder, required, known)
 
 
 def _download(

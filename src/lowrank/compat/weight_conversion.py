@@ -16,9 +16,9 @@ def build_peft_weight_mapping(
     from transformers.core_model_loading import WeightRenaming
 
     renamed = [
-        WeightRenaming(r"^base_model\.model\.", ""),
+        WeightRenaming("base_model.model.", ""),
+        WeightRenaming(r"(lora_(?:embedding_)?[AB])", rf"\1.{adapter_name}"),
         # the file has neither the adapter's name nor, for the magnitude, a `.weight`
         WeightRenaming(r"(lora_magnitude_vector)$", rf"\1.{adapter_name}.weight"),
-        WeightRenaming(r"(lora_[^\.]*)(\.|$)", rf"\1.{adapter_name}\2"),
     ]
     return renamed + [c for c in weight_conversions or () if isinstance(c, WeightRenaming)]
