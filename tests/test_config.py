@@ -86,9 +86,6 @@ def test_impossible_values_are_refused_by_name(fields, words):
 
 
 FEATURES = {
-    "trainable_token_indices": [1, 2],
-    "layer_replication": [(0, 2), (1, 3)],
-    "ensure_weight_tying": True,
     "alora_invocation_tokens": [5],
     "loftq_config": {"bits": 4},
     "eva_config": {"rho": 2.0},

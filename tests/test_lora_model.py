@@ -344,3 +344,18 @@ def test_loading_into_the_wrong_adapter_is_refused():
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(AdapterMismatchError):
         lowrank.set_peft_model_state_dict(model, tensors, "other")
+
+
+def test_a_set_adapter_that_fails_switches_nothing():
+    config = lowrank.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = randomise(lowrank.get_peft_model(llama(), config))
+    model.add_adapter("b", config)
+    model.set_adapter("b")
+    randomise(model, seed=3)
+    expected = logits(model)
+    trainable = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(AdapterNameError, match=r"lm_head: .*only one"):
+        model.set_adapter(["b", "default"])
+    assert model.active_adapters == ["b"]
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    torch.testing.assert_close(logits(model), expected)

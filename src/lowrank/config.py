@@ -97,9 +97,6 @@ _DATA_INITIALISATIONS = ("loftq", "eva", "corda", "lora_ga", "mica")
 
 # field -> why a value other than its default is refused
 _REFUSED = {
-    "trainable_token_indices": "training single embedding rows is not supported yet; use modules_to_save for the whole embedding",
-    "layer_replication": "stacking copies of layers is not supported yet",
-    "ensure_weight_tying": "tied weights are untied when merged; keeping them tied is not supported yet",
     "alora_invocation_tokens": "activated LoRA is not supported yet",
     "loftq_config": "the LoftQ initialisation is not supported yet",
     "eva_config": "the EVA initialisation is not supported yet",
@@ -246,6 +243,11 @@ class LoraConfig(PeftConfig):
     exclude_modules: names, suffixes or a regular expression that are left out.
     bias: "none", "lora_only" (train the targeted layers' own biases) or "all".
     modules_to_save: modules trained and saved whole, beside the adapter.
+    trainable_token_indices: tokens whose rows of the input embedding are trained and saved; or a dictionary,
+        {name of an embedding or output head: tokens}. What is tied to the input embedding follows it.
+    ensure_weight_tying: modules_to_save and trainable_token_indices keep tied embeddings tied, also when merged.
+    layer_replication: [[start, end), ...]: these layers, one range after another, make a deeper model, whose copies
+        share the base's weights and have adapters of their own.
     rank_pattern, alpha_pattern: other r and lora_alpha for the module paths that a key matches (a suffix
         or a regular expression).
     Raises ConfigError for impossible values and for features that this version does not have, all at once.
@@ -302,6 +304,8 @@ class LoraConfig(PeftConfig):
         self.layers_pattern = (
             self.layers_pattern or None
         )  # [] of older files; PEFT refuses it beside a string
+        if _are_ranges(self.layer_replication):
+            self.layer_replication = [list(pair) for pair in self.layer_replication or ()]  # type: ignore[misc]
         if isinstance(self.runtime_config, Mapping):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
         problems = self.problems()
@@ -385,6 +389,11 @@ class LoraConfig(PeftConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), Mapping):
                 found.append(f"{name}={getattr(self, name)!r} must map names to numbers.")
+        found += _token_problems(self.trainable_token_indices)
+        if self.layer_replication is not None and not _are_ranges(self.layer_replication):
+            found.append(
+                f"layer_replication={self.layer_replication!r} must be a list of [start, end) with start < end, such as [[0, 4], [2, 5]]."
+            )
         layers = self.layers_to_transform
         listed_layers = layers if isinstance(layers, list | tuple) else [layers]
         if layers is not None and not all(type(i) is int for i in listed_layers):
@@ -419,6 +428,36 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list | tuple | set | frozenset) and all(
         isinstance(name, str) for name in value
     )
+
+
+def _are_ranges(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
+        and all(type(i) is int for pair in value for i in pair)
+        and all(0 <= start < end for start, end in value)
+    )
+
+
+def _token_problems(given: Any) -> list[str]:
+    """What is wrong with trainable_token_indices, as far as that shows without a model."""
+    if given is None:
+        return []
+    named = given if isinstance(given, Mapping) else {"": given}
+    found = []
+    for name, indices in named.items():
+        where = f"trainable_token_indices[{name!r}]" if name else "trainable_token_indices"
+        if not isinstance(indices, list | tuple) or not all(type(i) is int for i in indices):
+            found.append(
+                f"{where}={indices!r} must be a list of token ids, or map the names of embeddings to such lists."
+            )
+        elif not indices:
+            found.append(f"{where} is empty; leave it out to train no token.")
+        elif len(set(indices)) < len(indices):
+            twice = sorted({i for i in indices if indices.count(i) > 1})
+            found.append(f"{where} has {twice[:5]} twice.")
+    return found
 
 
 def _json_value(value: Any) -> Any:

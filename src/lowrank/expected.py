@@ -18,6 +18,7 @@ from torch import Tensor
 from lowrank.errors import AdapterMismatchError
 
 PREFIX = "base_model.model."
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 LORA_KEY = re.compile(
     r"(.+?)((?:\.base_layer)*)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?"
 )
@@ -41,6 +42,7 @@ class Fields(Protocol):
     modules_to_save: Any
     init_lora_weights: Any
     target_parameters: Any
+    trainable_token_indices: Any
 
 
 def changes(
@@ -60,8 +62,14 @@ def changes(
     the adapter's, same keys), or computed from W for PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024).
     Raises AdapterMismatchError, with every such key, if a key belongs to nothing in `weights`.
     """
+    if getattr(config, "layer_replication", None):
+        raise AdapterMismatchError(
+            "The adapter stacks copies of the base's layers (layer_replication), so its paths are not the base's. Merge it "
+            "in Python: PeftModel.from_pretrained(...).merge_and_unload()."
+        )
     lora, saved, strangers = _sort(weights, tensors, config)
     starts = _sort(weights, start or {}, config)[0]
+    rows = {name: saved.pop(name) for name in list(saved) if name.endswith(TOKEN_ROWS)}
     saved |= _tied_copies(saved, weights, config)
     lora.pop("", None)
     if strangers:
@@ -70,6 +78,7 @@ def changes(
             + "\n  ".join(sorted(strangers)[:20])
             + "\nWas the adapter trained on this base, and for this task?"
         )
+    yield from _token_rows(rows, weights, saved, config)
     for name, (path, parts) in lora.items():
         _, begin = starts.get(name, (path, None))
         yield from _adapted(name, path, parts, weights, saved, config, held_transposed, begin)
@@ -104,8 +113,9 @@ def _sort(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: 
                 parts["embedding"] = value
             parts[part] = value
         else:
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            known = name in weights
+            name = key.removeprefix(PREFIX).replace(".token_adapter.base_layer.", ".")
+            name = name.replace(".base_layer.", ".")
+            known = name.replace(TOKEN_ROWS, ".weight") in weights
             saved[name] = value
         if not known:
             strangers.append(key)
@@ -126,6 +136,36 @@ def _tied_copies(
             if other not in saved and weight.data_ptr() == weights[name].data_ptr() != 0:
                 found[other] = value
     return found
+
+
+def _token_rows(
+    rows: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    saved: dict[str, Tensor],
+    config: Fields,
+) -> Iterator[Change]:
+    """Rows of a weight that the file replaces, in it and, where it is the input embedding's, in its twins.
+
+    The input embedding is taken to be the first of those that share one tensor.
+    """
+    given = config.trainable_token_indices
+    twins: dict[int, list[str]] = {}
+    for name, weight in weights.items():
+        twins.setdefault(weight.data_ptr() or id(weight), []).append(name)
+    for key, value in rows.items():
+        path = key.removesuffix(TOKEN_ROWS)
+        name = f"{path}.weight"
+        indices = given
+        if isinstance(given, Mapping):
+            indices = next(found for ending, found in given.items() if path.endswith(ending))
+        tied = next(names for names in twins.values() if name in names)
+        own = {key.replace(TOKEN_ROWS, ".weight") for key in rows} - {name}
+        for other in tied if tied[0] == name else [name]:
+            if other not in own:
+                before = saved.pop(other, weights[other]).double()
+                after = before.clone()
+                after[indices] = value.double()
+                yield Change(other, before, after, saved=False)
 
 
 def _weight_name(path: str, weights: Mapping[str, Tensor]) -> str | None:

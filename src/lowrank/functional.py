@@ -14,8 +14,9 @@ from torch import nn
 from lowrank.errors import AdapterNameError, MergeError, TargetError, did_you_mean
 from lowrank.layer import LoraLayer
 from lowrank.log import logger
+from lowrank.saved_module import AuxiliaryTrainingWrapper
 from lowrank.unload import unmerge_all
-from lowrank.wrappers import Wrapper, adapter_names, lora_layers, wrappers
+from lowrank.wrappers import Wrapper, adapter_names, lora_layers, mergeable, wrappers
 
 
 def set_adapter(
@@ -31,7 +32,11 @@ def set_adapter(
     """
     names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
     check_known(names, adapter_names(model))
-    if any(layer.merged for _, layer in lora_layers(model)):
+    for path, module in wrappers(model):
+        why = module.conflict(names) if isinstance(module, AuxiliaryTrainingWrapper) else ""
+        if why:  # before anything is switched
+            raise AdapterNameError(f"{path}: {why}")
+    if any(layer.merged for _, layer in mergeable(model)):
         logger.warning("set_adapter(%r) undoes the merge that was in place.", adapter_name)
         unmerge_all(model)
     for module in _of_class(model, layer_cls):
@@ -49,7 +54,7 @@ def delete_adapter(
     Returns the names of the adapters that are active now, or None. Raises MergeError if it is merged.
     """
     del prefix  # "lora_", the only one there is
-    for _, layer in lora_layers(model):
+    for _, layer in mergeable(model):
         if adapter_name in layer.merged_adapters:
             raise MergeError(
                 f"Adapter {adapter_name!r} is merged: unmerge_adapter() first, then delete it."

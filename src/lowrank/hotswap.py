@@ -21,7 +21,10 @@ from lowrank.state import adapter_keys
 from lowrank.wrappers import lora_layers, wrappers
 
 # what both adapters must agree on; everything else in a configuration comes with the swap
-_SAME = ("use_dora", "lora_bias", "lora_dropout", "alora_invocation_tokens")
+_SAME = (
+    *("use_dora", "lora_bias", "lora_dropout", "alora_invocation_tokens"),
+    *("trainable_token_indices", "layer_replication", "ensure_weight_tying"),
+)
 _NUMBERS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 

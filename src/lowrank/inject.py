@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.errors import AdapterNameError
 from lowrank.init import Init, taken_out
@@ -14,7 +14,9 @@ from lowrank.log import logger
 from lowrank.routing import Routing
 from lowrank.saved_module import ModulesToSaveWrapper
 from lowrank.targets import Target
-from lowrank.wrappers import Wrapper, adapter_names, base_biases, freeze_base, wrappers
+from lowrank.token_rows import TokenTarget
+from lowrank.trainable_tokens import TrainableTokensWrapper
+from lowrank.wrappers import Wrapper, adapter_names, base_biases, freeze_base, inner, wrappers
 
 
 def inject(
@@ -25,6 +27,8 @@ def inject(
     init: bool | str = True,
     inits: Mapping[str, Init] | None = None,
     saved: Sequence[str] = (),
+    tied: Sequence[str] = (),
+    tokens: Sequence[TokenTarget] = (),
     bias: str = "none",
     cast_to_float32: bool = True,
     meta: bool = False,
@@ -33,7 +37,8 @@ def inject(
 
     init: a value of `init_lora_weights`. inits: for the targets at these paths another function, with what it
     needs bound to it (the statistics of a layer, the factors of a file).
-    saved: paths of modules trained and saved whole. bias: "none", "lora_only" or "all", the biases of the
+    saved: paths of modules trained and saved whole; tied: those of them whose copies share one weight.
+    tokens: embeddings of which some rows are trained. bias: "none", "lora_only" or "all", the biases of the
     base that are trained. cast_to_float32: adapters in float32 on a bfloat16 or float16 base; else in the
     base's dtype. meta: adapter tensors on the meta device, to be loaded.
     The adapter is not active yet. Raises AdapterNameError for an unusable name.
@@ -51,16 +56,15 @@ def inject(
             else _wrap(references, place, make_saved)
         )
         wrapper.add_adapter(name)
+    copies: list[Any] = [_find(model, path).modules_to_save[name] for path in tied]
+    for follower in copies[1:]:
+        follower.weight = copies[0].weight
     for i, target in enumerate(targets):
         if taken_out(init) and target.path not in (inits or {}) and not meta:
             logger.info("%s: %d of %d, %s", init, i + 1, len(targets), target.path)
         place = _find(model, target.module_path)
         make_layer = partial(LoraLayer, kind=target.kind, routing=routing)
         layer: Any = _layer_of(place, target.kind.weight) or _wrap(references, place, make_layer)
-        low = layer.get_base_layer()._parameters[layer.kind.weight].dtype in (
-            torch.float16,
-            torch.bfloat16,
-        )
         layer.add_adapter(
             name,
             r=target.r,
@@ -70,11 +74,24 @@ def inject(
             use_dora="dora" in target.method,
             lora_bias=target.lora_bias,
             init=(inits or {}).get(target.path, init),
-            dtype=torch.float32 if cast_to_float32 and low else None,
+            dtype=_dtype(layer.get_base_layer()._parameters[layer.kind.weight], cast_to_float32),
             meta=meta,
         )
+    for rows in tokens:
+        make_rows = partial(TrainableTokensWrapper, kind=rows.kind, routing=routing)
+        leader = _rows_at(references, _find(model, rows.path), make_rows)
+        leader.add_adapter(name, rows.indices, _dtype(leader.unmerged_weight(), cast_to_float32))
+        for path, kind in rows.tied.items():
+            make = partial(TrainableTokensWrapper, kind=kind, routing=routing, leader=leader)
+            _rows_at(references, _find(model, path), make)
     for parameter in base_biases(model, bias).values():
         parameter.requires_grad_(True)
+
+
+def _dtype(weight: Tensor, cast_to_float32: bool) -> torch.dtype | None:
+    """float32 beside a 16-bit weight, if so wished; None: the weight's own."""
+    low = weight.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if cast_to_float32 and low else None
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -111,19 +128,14 @@ def eject(
     for _, module in list(wrappers(model)):
         if module in keep:
             continue
+        left: Any = module
         if isinstance(module, LoraLayer):
-            inner = module.base_layer
-            while isinstance(inner, LoraLayer) and inner not in keep:
-                inner = inner.base_layer
-        elif copies_of is None:
-            inner = module.running_module
+            while isinstance(left, LoraLayer) and left not in keep:
+                left = left.base_layer
         else:
-            copies = [
-                module.modules_to_save[name] for name in copies_of if name in module.modules_to_save
-            ]
-            inner = copies[0] if copies else module.original_module
+            left = module.without(copies_of)
         for parent, attribute in references[id(module)]:
-            setattr(parent, attribute, inner)
+            setattr(parent, attribute, left)
 
 
 def _wrap(
@@ -137,21 +149,24 @@ def _wrap(
     return wrapper
 
 
+def _rows_at(
+    references: dict[int, list[tuple[nn.Module, str]]], place: nn.Module, make: Callable
+) -> Any:
+    """The wrapper that trains rows of what is at `place`, a new one if need be."""
+    return place if isinstance(place, TrainableTokensWrapper) else _wrap(references, place, make)
+
+
 def _layer_of(place: nn.Module, weight: str) -> LoraLayer | None:
     """The layer at `place` that adapts this parameter of the module, if there is one."""
     chain = place.chain() if isinstance(place, LoraLayer) else []
     return next((layer for layer in chain if layer.kind.weight == weight), None)
 
 
-def _find(model: nn.Module, path: str) -> nn.Module:
+def _find(model: nn.Module, path: str) -> Any:
     """What is at `path`, a path as if no adapter were there."""
     module = model
     for attribute in path.split("."):
-        if isinstance(module, LoraLayer):
-            module = module.get_base_layer()
-        elif isinstance(module, ModulesToSaveWrapper):
-            module = module.original_module
-        module = module._modules[attribute]  # type: ignore[assignment]
+        module = inner(module)._modules[attribute]  # type: ignore[assignment]
     return module
 
 

@@ -247,6 +247,11 @@ class LoraLayer(nn.Module):
             del values[name]
         self._active = [active for active in self._active if active != name]
 
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that this layer has."""
+        return list(self.r)
+
     def lora(self, name: str) -> Lora:
         """The adapter in matrix form; A, B and the magnitude are views of its parameters.
 

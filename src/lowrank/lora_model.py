@@ -9,12 +9,19 @@ from torch import Tensor, nn
 
 from lowrank import functional
 from lowrank.config import LoraConfig
-from lowrank.errors import ConfigError, RowsError, did_you_mean
+from lowrank.errors import ConfigError, RowsError, TargetError, did_you_mean
 from lowrank.init import Init
 from lowrank.inject import check_name, inject
+from lowrank.layer_replication import original_of, replicate, restore
 from lowrank.log import logger
 from lowrank.routing import BASE
-from lowrank.targets import plan, resolved, saved_modules
+from lowrank.targets import (
+    plan,
+    resolved,
+    saved_modules,
+    tied_saved_modules,
+    trained_rows,
+)
 from lowrank.unload import merge_all, unload, unmerge_all
 from lowrank.wrappers import adapter_names, base_biases, freeze_base, lora_layers, wrappers
 
@@ -249,8 +256,44 @@ def add_to_model(
     inits: initialisations by path, in place of the configuration's.
     """
     check_name(model, name)
+    fresh = _stack(model, config)
+    try:
+        return _add(model, config, name, cast_to_float32, meta, inits)
+    except Exception:
+        if fresh:
+            restore(model)
+        raise
+
+
+def _stack(model: nn.Module, config: LoraConfig) -> bool:
+    """Replicates the layers if the configuration wants it; whether that changed the model."""
+    before = original_of(model)
+    if before is not None and not config.layer_replication:
+        raise TargetError(
+            f"This model's layers are stacked as {before.ranges} by another adapter (layer_replication), and this one was "
+            "made for the layers as they were: put it onto a base of its own."
+        )
+    if not config.layer_replication:
+        return False
+    if before is None and adapter_names(model):
+        raise TargetError(
+            "layer_replication changes the layers under the adapters that are there: put this one onto a base of its own."
+        )
+    replicate(model, config.layer_replication)
+    return before is None
+
+
+def _add(
+    model: nn.Module,
+    config: LoraConfig,
+    name: str,
+    cast_to_float32: bool,
+    meta: bool,
+    inits: Mapping[str, Init] | None,
+) -> LoraConfig:
     targets = plan(model, config)
     saved = saved_modules(model, config)
+    tokens = trained_rows(model, config)
     config = resolved(model, config, targets, saved)
     inject(
         model,
@@ -259,6 +302,8 @@ def add_to_model(
         init=config.init_lora_weights,
         inits=inits,
         saved=saved,
+        tied=tied_saved_modules(model, config, saved),
+        tokens=tokens,
         bias=config.bias,
         cast_to_float32=cast_to_float32,
         meta=meta,

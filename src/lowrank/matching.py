@@ -1,7 +1,8 @@
 """Which modules of a model the names in a configuration mean. Pure; also on the meta device."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from lowrank.config import TASK_HEADS, LoraConfig
 from lowrank.errors import did_you_mean, nearest
 from lowrank.layer import LoraLayer
 from lowrank.saved_module import ModulesToSaveWrapper
+from lowrank.trainable_tokens import TrainableTokensWrapper
+from lowrank.wrappers import inner
 
 ALL_LINEAR = "all-linear"
 
@@ -20,9 +23,7 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in model._modules.items():
         if child is None:
             continue
-        module = child.get_base_layer() if isinstance(child, LoraLayer) else child
-        if isinstance(module, ModulesToSaveWrapper):
-            module = module.original_module
+        module = inner(child)
         yield prefix + name, module
         yield from walk(module, f"{prefix}{name}.")
 
@@ -255,9 +256,7 @@ def _all_linear(
 def _output_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get else None
-    if isinstance(head, ModulesToSaveWrapper):
-        return head.original_module
-    return head.get_base_layer() if isinstance(head, LoraLayer) else head
+    return None if head is None else inner(head)
 
 
 def default_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str] | str:
@@ -314,15 +313,19 @@ def saved_paths(
             )
     # as PEFT, by the last letters and not the last names: "norm" is every path that ends in norm
     found = [path for path in modules if path.endswith((*named, *heads))]
+    tied = tied_together(model, modules, config)
+    if any(path in tied for path in found):  # one of them brings the others along
+        found = [path for path in modules if path in found or path in tied]
     outermost = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
     for path in outermost:
-        reasons = why_never_called(model, path, modules[path])
+        # with ensure_weight_tying those that it lends its weight to are saved with it
+        reasons = [] if path in tied else why_never_called(model, path, modules[path])
         if type(modules[path]).forward is nn.Module.forward:  # ModuleList, ModuleDict
             reasons.append(f"{type(modules[path]).__name__} only holds others; name those in it.")
         problems += [f"modules_to_save: {path}: {reason}" for reason in reasons]
     adapted = {
         path
-        for path, module in _lora_paths(model)
+        for path in _adapted_paths(model)
         if any(path == s or path.startswith(f"{s}.") for s in outermost)
     }
     if adapted:
@@ -338,12 +341,12 @@ def inside_saved_modules(model: nn.Module) -> set[int]:
     return {id(m) for wrapper in wrappers for m in wrapper.original_module.modules()}
 
 
-def _lora_paths(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, LoraLayer]]:
+def _adapted_paths(model: nn.Module, prefix: str = "") -> Iterator[str]:
     for name, child in model.named_children():
-        if isinstance(child, LoraLayer):
-            yield prefix + name, child
-            child = child.get_base_layer()
-        yield from _lora_paths(child, f"{prefix}{name}.")
+        if isinstance(child, LoraLayer | TrainableTokensWrapper):
+            yield prefix + name
+        module = child if isinstance(child, ModulesToSaveWrapper) else inner(child)
+        yield from _adapted_paths(module, f"{prefix}{name}.")
 
 
 def why_never_called(model: nn.Module, path: str, module: nn.Module) -> list[str]:
@@ -358,6 +361,70 @@ def why_never_called(model: nn.Module, path: str, module: nn.Module) -> list[str
     ]
     text = f"the model never calls it, it only lends its weight to {', '.join(runs)}; name those."
     return [text] if runs else []
+
+
+# --- tied weights ---------------------------------------------------------------------------------
+
+
+def tied_together(
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig
+) -> list[str]:
+    """With ensure_weight_tying the input embedding and all that is tied to it; else nothing."""
+    path = input_embedding(model, modules) if config.ensure_weight_tying else None
+    found = twins(modules, path) if path is not None else []
+    return [path, *found] if path is not None and found else []
+
+
+def tying_problems(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    saved: Collection[str],
+    adapted: Collection[str],
+    by_row: Collection[str],
+) -> list[str]:
+    """Where ensure_weight_tying cannot be honoured. by_row: the paths that have trained rows."""
+    if not config.ensure_weight_tying:
+        return []
+    tied = tied_together(model, modules, config)
+    if not tied:
+        return [
+            f"ensure_weight_tying=True: nothing in this {type(model).__name__} is tied to its input embedding; leave it out."
+        ]
+    lora = [path for path in tied if path in adapted]
+    if lora:
+        return [
+            f"ensure_weight_tying=True: {some(lora)} in target_modules: A and B of a tied pair are not shared here. Train "
+            "rows of it (trainable_token_indices) or all of it (modules_to_save), or set ensure_weight_tying=False: a "
+            "merge then gives the two different weights."
+        ]
+    if tied[0] not in saved and tied[0] not in by_row:
+        return [
+            f"ensure_weight_tying=True: the adapter trains nothing of {tied[0]}, which {some(tied[1:])} "
+            f"{'is' if len(tied) == 2 else 'are'} tied to; name it, or leave ensure_weight_tying out."
+        ]
+    return []
+
+
+def twins(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """The paths of the other modules whose weight is that of the module at `path`."""
+    module = modules[path]
+    weight = module._parameters.get("weight")
+    found: dict[int, str] = {}  # a module under two names counts once
+    for name, other in modules.items():
+        if other is not module and weight is not None and other._parameters.get("weight") is weight:
+            found.setdefault(id(other), name)
+    return list(found.values())
+
+
+def input_embedding(model: Any, modules: Mapping[str, nn.Module]) -> str | None:
+    """The path of the model's input embedding: what it says itself, else what is named `embed_tokens`."""
+    try:
+        module = inner(model.get_input_embeddings())
+    except (AttributeError, NotImplementedError):
+        named = [path for path in modules if path.rpartition(".")[2] == "embed_tokens"]
+        return named[0] if len(named) == 1 else None
+    return next((path for path, other in modules.items() if other is module), None)
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """One layer's forward when the rows of a batch go through different adapters. `layer` is a LoraLayer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import RowsError
-from lowrank.routing import blocks, groups, index
+from lowrank.routing import Routing, blocks, groups, index
 
 
 def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -96,6 +96,24 @@ def _one_adapter(
     chosen = repeated(rows, x, count, type(layer.base_layer).__name__)
     part = y[chosen]
     return y.index_copy(0, chosen, layer.add_output_change(name, x[chosen], part, part))
+
+
+def by_adapter(
+    routing: Routing,
+    adapters: Collection[str],
+    x: Tensor,
+    y: Any,
+    change: Callable[[str, Tensor, Tensor], Tensor],
+    where: str,
+) -> Any:
+    """`y` with change(adapter, x, y) in place of the rows that go through each of `adapters`."""
+    names = routing.names or ()
+    for name, rows in groups(names).items():
+        if name in adapters:
+            chosen = repeated(rows, x, len(names), where)
+            part = y[chosen] if isinstance(y, Tensor) else y
+            y = y.index_copy(0, chosen, change(name, x[chosen], part))
+    return y
 
 
 def repeated(rows: list[int], x: Tensor, count: int, where: str) -> Tensor:

@@ -573,7 +573,10 @@ def _class_for(config: LoraConfig) -> type[PeftModel]:
 
 
 def _check_scaling(saved: LoraConfig, here: LoraConfig, name: str, where: Any) -> None:
-    fields = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    fields = (
+        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+        *("trainable_token_indices", "layer_replication"),
+    )
     differ = [f for f in fields if getattr(saved, f) != getattr(here, f)]
     if differ:
         found = ", ".join(f"{f}={getattr(saved, f)!r} (here {getattr(here, f)!r})" for f in differ)

@@ -7,11 +7,75 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.errors import AdapterNameError, RowsError
-from lowrank.mixed_batch import repeated
-from lowrank.routing import Routing, groups
+from lowrank.mixed_batch import by_adapter
+from lowrank.routing import Routing
 
 
-class ModulesToSaveWrapper(nn.Module):
+class AuxiliaryTrainingWrapper(nn.Module):
+    """`original_module`, frozen, with what adapters train of it besides LoRA: which of them act, and learn.
+
+    Two modules descend from it: ModulesToSaveWrapper and TrainableTokensWrapper.
+    """
+
+    original_module: Any
+
+    def __init__(self, routing: Routing | None = None):
+        super().__init__()
+        self.routing = routing or Routing()
+        self._active: list[str] = []
+        self._disabled = False
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that have something of their own here."""
+        raise NotImplementedError
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by their name within this module; empty if it has none."""
+        raise NotImplementedError
+
+    def conflict(self, names: Iterable[str]) -> str:
+        """Why these adapters cannot act here together, or an empty text."""
+        raise NotImplementedError
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [name for name in self._active if name in self.adapters]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """These adapters act from now on, and only they can be trained (none, with `inference_mode`).
+
+        Raises AdapterNameError if they cannot act together.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        why = self.conflict(names)
+        if why:
+            raise AdapterNameError(why)
+        self._active = names
+        self.set_requires_grad(self.adapters, False)
+        self.set_requires_grad(names, not inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Iterable[str], requires_grad: bool = True
+    ) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            for parameter in self.adapter_parameters(name).values():
+                parameter.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disabled = not enabled
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """`original_module`, frozen, beside one trainable copy for each adapter, under PEFT's names.
 
     The copy of the active adapter runs; without one, or disabled, the original does.
@@ -20,12 +84,9 @@ class ModulesToSaveWrapper(nn.Module):
     adapter_layer_names = ("modules_to_save",)
 
     def __init__(self, original_module: nn.Module, routing: Routing | None = None):
-        super().__init__()
-        self.routing = routing or Routing()
+        super().__init__(routing)
         self.original_module = original_module.requires_grad_(False)
         self.modules_to_save = nn.ModuleDict()
-        self._active: list[str] = []
-        self._disabled = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -60,16 +121,18 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[names[0]] if names else self.original_module
 
     @property
-    def active_adapters(self) -> list[str]:
-        return [name for name in self._active if name in self.modules_to_save]
+    def adapters(self) -> list[str]:
+        return list(self.modules_to_save)
 
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disabled
+    def conflict(self, names: Iterable[str]) -> str:
+        """Two whole modules do not add up."""
+        present = [name for name in names if name in self.modules_to_save]
+        if len(present) < 2:
+            return ""
+        return (
+            f"Adapters {present} each have their own copy of the same module (modules_to_save): only one "
+            "of them can be active at a time."
+        )
 
     def add_adapter(self, name: str) -> None:
         """A copy of the original module for the adapter, not yet active."""
@@ -95,29 +158,15 @@ class ModulesToSaveWrapper(nn.Module):
         state = self.modules_to_save[adapter_name].state_dict()
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in state}
 
-    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
-        """Raises AdapterNameError if more than one of them has a copy: two whole modules do not add up."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        present = [name for name in names if name in self.modules_to_save]
-        if len(present) > 1:
-            raise AdapterNameError(
-                f"Adapters {present} each have their own copy of the same module (modules_to_save): only one "
-                "of them can be active at a time."
-            )
-        self._active = names
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in names and not inference_mode)
+    def without(self, adapters: Iterable[str] | None) -> nn.Module:
+        """What stays in the model when this wrapper is taken out: the copy of these adapters, or the original.
 
-    def set_requires_grad(
-        self, adapter_names: str | Iterable[str], requires_grad: bool = True
-    ) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
-            if name in self.modules_to_save:
-                self.modules_to_save[name].requires_grad_(requires_grad)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self._disabled = not enabled
+        None: what runs now.
+        """
+        if adapters is None:
+            return self.running_module
+        copies = [self.modules_to_save[name] for name in adapters if name in self.modules_to_save]
+        return copies[0] if copies else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.routing.names is not None and not self._disabled:
@@ -126,15 +175,15 @@ class ModulesToSaveWrapper(nn.Module):
 
     def _mixed_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Each row through its own adapter's copy, or through the original if that has none."""
-        names = self.routing.names or ()
         y = self.original_module(x, *args, **kwargs)
-        for name, rows in groups(names).items():
-            if name in self.modules_to_save:
-                if args or kwargs or not isinstance(y, Tensor):
-                    raise RowsError(
-                        f"A {type(self.original_module).__name__} in modules_to_save takes or gives more than one "
-                        "tensor, which adapter_names=… cannot split into rows. Run the adapters one after another."
-                    )
-                chosen = repeated(rows, x, len(names), type(self.original_module).__name__)
-                y = y.index_copy(0, chosen, self.modules_to_save[name](x[chosen]))
-        return y
+        where = type(self.original_module).__name__
+
+        def copied(name: str, x: Tensor, y: Tensor) -> Tensor:
+            if args or kwargs or not isinstance(y, Tensor):
+                raise RowsError(
+                    f"A {where} in modules_to_save takes or gives more than one tensor, which adapter_names=… cannot "
+                    "split into rows. Run the adapters one after another."
+                )
+            return self.modules_to_save[name](x)
+
+        return by_adapter(self.routing, self.adapters, x, y, copied, where)

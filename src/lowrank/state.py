@@ -11,7 +11,9 @@ from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, AdapterMismatchError, MergeError, did_you_mean
 from lowrank.hub import adapter_file
 from lowrank.layer import LoraLayer, with_rank
-from lowrank.wrappers import base_biases, lora_chains, lora_layers, wrappers
+from lowrank.saved_module import ModulesToSaveWrapper
+from lowrank.trainable_tokens import TrainableTokensWrapper
+from lowrank.wrappers import base_biases, inner, lora_chains, lora_layers, mergeable, wrappers
 
 _SHOWN = 8
 
@@ -130,6 +132,7 @@ def set_peft_model_state_dict(
     if (wrong and not ignore_mismatched_sizes) or (strict and (missing or unexpected)):
         vocabulary = _vocabulary_in_file(model, target, wrong)
         raise AdapterMismatchError(_mismatch_text(keys, missing, unexpected, wrong, vocabulary))
+    _check_shared(parameters, target, tensors)
     with torch.no_grad():
         for key, name in target.items():
             if key in tensors and key not in wrong:
@@ -153,7 +156,7 @@ def set_base_model_state_dict(
     tensor of another shape and (`strict`) for missing and unexpected ones.
     """
     base = _base(model)
-    if any(layer.merged for _, layer in lora_layers(base)):
+    if any(layer.merged for _, layer in mergeable(base)):
         raise MergeError("The base holds merged weights: unmerge_adapter() before loading others.")
     names, present = _base_names(base), base.state_dict()
     missing = [name for name in names if name not in state_dict]
@@ -176,24 +179,48 @@ def _base(model: nn.Module) -> nn.Module:
     return get(model) if get else model
 
 
+# where the base's own tensors are within each wrapper
+_BASE_WITHIN = {
+    LoraLayer: "base_layer.",
+    ModulesToSaveWrapper: "original_module.",
+    TrainableTokensWrapper: "token_adapter.base_layer.",
+}
+
+
 def _base_names(base: nn.Module) -> dict[str, str]:
     """For every tensor of the base, by its name without adapters, its name in the model as it is."""
-    inner = {
-        path: "base_layer." if isinstance(module, LoraLayer) else "original_module."
-        for path, module in wrappers(base)
-    }
+    within = {path: _BASE_WITHIN[type(module)] for path, module in wrappers(base)}
     found = {}
     for key in base.state_dict():
         name = key
-        for path in sorted(inner, key=len, reverse=True):
+        for path in sorted(within, key=len, reverse=True):
             if name.startswith(f"{path}."):
                 rest = name[len(path) + 1 :]
-                if not rest.startswith(inner[path]):
+                if not rest.startswith(within[path]):
                     break  # the adapter's own
-                name = f"{path}.{rest.removeprefix(inner[path])}"
+                name = f"{path}.{rest.removeprefix(within[path])}"
         else:
             found[name] = key
     return found
+
+
+def _check_shared(
+    parameters: Mapping[str, Tensor], target: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Of copies that share a parameter (ensure_weight_tying) a file must hold one value.
+
+    Raises AdapterMismatchError otherwise.
+    """
+    first: dict[int, str] = {}
+    for key, name in target.items():
+        if key not in tensors or ".modules_to_save." not in name:
+            continue
+        other = first.setdefault(id(parameters[name]), key)
+        if other != key and not torch.equal(tensors[other], tensors[key]):
+            raise AdapterMismatchError(
+                f"The file has different values for {_short(other)} and {_short(key)}, which ensure_weight_tying=True "
+                "makes one tensor. Set it to False in the adapter's configuration to load both."
+            )
 
 
 def embedding_keys(model: nn.Module, adapter_name: str) -> list[str]:
@@ -202,7 +229,8 @@ def embedding_keys(model: nn.Module, adapter_name: str) -> list[str]:
     found = []
     modules = {id(module): path for path, module in model.named_modules()}
     for embedding in _embeddings(model):
-        module = embedding.get_base_layer() if isinstance(embedding, LoraLayer) else embedding
+        # of a module that is saved whole the adapter has its own
+        module = embedding if isinstance(embedding, ModulesToSaveWrapper) else inner(embedding)
         path = modules.get(id(module))
         if path is not None:
             found += [
@@ -215,7 +243,7 @@ def _unmerged(model: nn.Module) -> dict[str, Tensor]:
     """By name, the base tensors that merges have replaced, as they were."""
     return {
         f"{path}.{name}" if path else name: tensor.detach()
-        for path, layer in lora_layers(model)
+        for path, layer in mergeable(model)
         for name, tensor in layer.unmerged_parameters().items()
     }
 

@@ -19,6 +19,7 @@ from lowrank.bases.kinds import (
 from lowrank.config import TASK_HEADS, LoraConfig
 from lowrank.errors import TargetError, listed
 from lowrank.init import taken_out
+from lowrank.layer_replication import stacked
 from lowrank.lora import scaling_for
 from lowrank.matching import (
     ALL_LINEAR,
@@ -31,9 +32,13 @@ from lowrank.matching import (
     pattern_value,
     saved_paths,
     some,
+    tied_together,
+    tying_problems,
     walk,
     why_never_called,
 )
+from lowrank.token_rows import TokenTarget, token_targets
+from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import lora_chains
 
 ADAPTER_BYTES = 4  # float32, the default dtype of adapters
@@ -69,7 +74,13 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
 
     Sees through adapters that are already there. Raises TargetError once, with everything that does not
     fit: names that match nothing, layers that cannot carry what is asked, indices beyond the model.
+    With `layer_replication` the paths are those in the stack, which is taken down again.
     """
+    with stacked(model, config.layer_replication):
+        return _plan(model, config)
+
+
+def _plan(model: nn.Module, config: LoraConfig) -> list[Target]:
     modules = dict(walk(model))
     problems = config.problems()
     saved, saved_problems = saved_paths(model, modules, config)
@@ -80,6 +91,11 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
     adapted = {
         id(chain[0].get_base_layer()): [layer.kind for layer in chain]
         for _, chain in lora_chains(model)
+    }
+    by_row = {
+        id(module.original_module)
+        for module in model.modules()
+        if isinstance(module, TrainableTokensWrapper)
     }
     targets: dict[tuple[int, str], Target] = {}
     refused: dict[str, list[str]] = {}
@@ -93,6 +109,12 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
             reason = "saved whole by another adapter (modules_to_save); a module is either adapted or saved whole."
             refused.setdefault(reason, []).append(path)
             continue
+        if id(module) in by_row:
+            reason = (
+                "another adapter trains some of its rows (trainable_token_indices); leave it out."
+            )
+            refused.setdefault(reason, []).append(path)
+            continue
         target, why_not = _target(model, modules, path, module_path, parameter, config)
         if target:
             here = [targets[k].kind for k in targets if k[0] == id(module)]
@@ -103,6 +125,9 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
             targets[key] = target
     problems += [f"{some(paths)}: {reason}" for reason, paths in refused.items()]
     problems += pattern_problems(config, wanted)
+    rows, row_problems = token_targets(model, modules, config, saved, wanted)
+    problems += row_problems
+    problems += tying_problems(model, modules, config, saved, wanted, [row.path for row in rows])
     if problems:
         raise TargetError(listed(problems))
     return list(targets.values())
@@ -118,6 +143,25 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     if problems:
         raise TargetError(listed(problems))
     return paths
+
+
+def tied_saved_modules(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
+    """Those of `saved` whose copies share one weight (ensure_weight_tying); the input embedding first."""
+    return [path for path in tied_together(model, dict(walk(model)), config) if path in saved]
+
+
+def trained_rows(model: nn.Module, config: LoraConfig) -> list[TokenTarget]:
+    """The embeddings and heads of which `config.trainable_token_indices` trains some rows.
+
+    Raises TargetError for names that match nothing and indices that no row has.
+    """
+    modules = dict(walk(model))
+    saved, _ = saved_paths(model, modules, config)
+    adapted = matched(model, modules, config, saved, []) if config.trainable_token_indices else ()
+    found, problems = token_targets(model, modules, config, saved, adapted)
+    if problems:
+        raise TargetError(listed(problems))
+    return found
 
 
 def resolved(

@@ -11,17 +11,19 @@ from torch import nn
 from lowrank.errors import MergeError
 from lowrank.inject import eject
 from lowrank.layer import LoraLayer
-from lowrank.saved_module import ModulesToSaveWrapper
-from lowrank.wrappers import lora_layers, wrappers
+from lowrank.layer_replication import keep, restore
+from lowrank.saved_module import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from lowrank.trainable_tokens import TrainableTokensWrapper
+from lowrank.wrappers import inner, mergeable, wrappers
 
 
 def merge_all(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
     """Merges the adapters (None: the active ones) in every layer. Raises MergeError with the base untouched."""
     names = None if adapter_names is None else [*dict.fromkeys(adapter_names)]
     _check_mergeable(model, names)
-    before = [(layer, list(layer.merged_adapters)) for _, layer in lora_layers(model)]
+    before = [(layer, list(layer.merged_adapters)) for _, layer in mergeable(model)]
     try:
-        for path, layer in lora_layers(model):
+        for path, layer in mergeable(model):
             try:
                 layer.merge(adapter_names=names)
             except MergeError as error:
@@ -36,7 +38,7 @@ def merge_all(model: nn.Module, adapter_names: Sequence[str] | None = None) -> N
 
 def unmerge_all(model: nn.Module) -> None:
     """Every base weight as it was before any merge, bit for bit."""
-    for _, layer in lora_layers(model):
+    for _, layer in mergeable(model):
         layer.unmerge()
 
 
@@ -53,14 +55,15 @@ def unload(
     keep_base: hold every unmerged weight until all layers are merged, so that a failure leaves the base
     untouched; else each is let go as its layer is done, and only what can be seen in the adapters'
     tensors is checked first.
-    Where the input and output embeddings were tied and now differ, config.tie_word_embeddings is set to
+    Layers stacked by layer_replication stay so with merge, each with tensors of its own; else the original ones
+    come back. Where the input and output embeddings were tied and now differ, config.tie_word_embeddings is set to
     False. Raises MergeError if the architecture computes something else without the tie.
     """
     names = None if adapter_names is None else [*dict.fromkeys(adapter_names)]
     tied = _tied_pair(model)
     if merge:
         _check_mergeable(model, names)
-        if tied and not tied.isdisjoint(_changed(model, names)) and _forward_reads_tie(model):
+        if tied and _comes_apart(model, tied, names) and _forward_reads_tie(model):
             raise MergeError(
                 f"{type(model).__name__} ties its embeddings and its forward depends on that, so the tied pair cannot "
                 "be untied for this merge. Leave the embeddings and lm_head out of the adapter, or keep it unmerged."
@@ -72,13 +75,14 @@ def unload(
     else:
         unmerge_all(model)
     eject(model, copies_of=names if merge else ())
+    keep(model) if merge else restore(model)
     if tied and not _tied_pair(model):
         _untie_the_rest(model)
     return model
 
 
 def _merge_for_good(model: nn.Module, names: list[str] | None) -> None:
-    for done, (path, layer) in enumerate(lora_layers(model)):
+    for done, (path, layer) in enumerate(mergeable(model)):
         try:
             layer.merge(adapter_names=names)
         except MergeError as error:
@@ -95,16 +99,15 @@ def _check_mergeable(model: nn.Module, names: list[str] | None) -> None:
         if wrapper.disable_adapters:
             raise MergeError("The adapters are disabled: enable_adapter_layers() before merging.")
         wanted = wrapper.active_adapters if names is None else names
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            why = wrapper.conflict(wanted)
+            if why:
+                raise MergeError(f"{path}: {why}")
         if isinstance(wrapper, ModulesToSaveWrapper):
-            copies = [name for name in wanted if name in wrapper.modules_to_save]
-            if len(copies) > 1:
-                raise MergeError(
-                    f"{path}: adapters {copies} each have their own copy of this module; merge one of them."
-                )
             continue
         for name in wanted:
             for key, parameter in (
-                wrapper.adapter_parameters(name).items() if name in wrapper.r else ()
+                wrapper.adapter_parameters(name).items() if name in wrapper.adapters else ()
             ):
                 if not torch.isfinite(parameter).all():
                     raise MergeError(
@@ -149,23 +152,35 @@ def _originals_running(model: nn.Module) -> Iterator[None]:
 
 
 def _storage(module: Any) -> int:
-    if isinstance(module, ModulesToSaveWrapper):
-        module = module.original_module
-    weight = module.unmerged_weight() if isinstance(module, LoraLayer) else module.weight
+    has_unmerged = isinstance(module, LoraLayer | TrainableTokensWrapper)
+    weight: Any = module.unmerged_weight() if has_unmerged else inner(module).weight
     return weight.untyped_storage().data_ptr()
 
 
-def _changed(model: nn.Module, names: list[str] | None) -> set[int]:
-    """The ids of all modules whose weights a merge replaces: the wrappers, and what saved modules hold."""
-    found: set[int] = set()
+def _comes_apart(model: nn.Module, tied: set[int], names: list[str] | None) -> bool:
+    """Whether a merge gives the tied pair different weights."""
+    changed: set[int] = set()
+    copies: set[int] = set()  # the weights that saved copies give the pair
+    shared = 0
     for _, wrapper in wrappers(model):
         wanted = wrapper.active_adapters if names is None else names
-        if isinstance(wrapper, LoraLayer):
-            if wrapper.merged or any(name in wrapper.r for name in wanted):
-                found.add(id(wrapper))
-        elif any(name in wrapper.modules_to_save for name in wanted):
-            found |= {id(wrapper), *map(id, wrapper.original_module.modules())}
-    return found
+        merged = not isinstance(wrapper, ModulesToSaveWrapper) and wrapper.merged
+        if not merged and not any(name in wrapper.adapters for name in wanted):
+            continue
+        if (
+            isinstance(wrapper, TrainableTokensWrapper)
+            and {id(wrapper), id(wrapper.leader)} == tied
+        ):
+            return False
+        changed.add(id(wrapper))
+        if isinstance(wrapper, ModulesToSaveWrapper) and id(wrapper) in tied:
+            copies |= {
+                id(wrapper.modules_to_save[n].weight) for n in wanted if n in wrapper.adapters
+            }
+            shared += 1
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            changed |= {id(module) for module in wrapper.original_module.modules()}
+    return not tied.isdisjoint(changed) and not (shared == len(tied) and len(copies) == 1)
 
 
 def _forward_reads_tie(model: nn.Module) -> bool:

@@ -5,16 +5,24 @@ from collections.abc import Iterator
 from torch import nn
 
 from lowrank.layer import LoraLayer
-from lowrank.saved_module import ModulesToSaveWrapper
+from lowrank.saved_module import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from lowrank.trainable_tokens import TrainableTokensWrapper
 
-Wrapper = LoraLayer | ModulesToSaveWrapper
+Wrapper = LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
-    """Every LoraLayer and ModulesToSaveWrapper with its path in the model as it is now."""
+    """Every one of them with its path in the model as it is now."""
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer | ModulesToSaveWrapper):
+        if isinstance(module, Wrapper):
             yield path, module
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The base's own module in a wrapper; any other as it is."""
+    if isinstance(module, LoraLayer):
+        return module.get_base_layer()
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -34,28 +42,29 @@ def lora_chains(model: nn.Module) -> Iterator[tuple[str, list[LoraLayer]]]:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters in `model`, in the order in which they came."""
-    names: dict[str, None] = {}
-    for _, module in wrappers(model):
-        names.update(
-            dict.fromkeys(module.r if isinstance(module, LoraLayer) else module.modules_to_save)
-        )
-    return list(names)
+    return list(dict.fromkeys(name for _, module in wrappers(model) for name in module.adapters))
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter that belongs to an adapter, by its name in the model as it is now."""
     for path, module in wrappers(model):
-        names = list(module.r) if isinstance(module, LoraLayer) else list(module.modules_to_save)
-        for name in names:
+        for name in module.adapters:
             for key, parameter in module.adapter_parameters(name).items():
                 yield f"{path}.{key}" if path else key, parameter
+
+
+def mergeable(model: nn.Module) -> Iterator[tuple[str, LoraLayer | TrainableTokensWrapper]]:
+    """What a merge changes the weight of, with its path in the model as it is now."""
+    for path, module in wrappers(model):
+        if not isinstance(module, ModulesToSaveWrapper):
+            yield path, module
 
 
 def merged_parameters(model: nn.Module) -> set[int]:
     """The ids of the parameters of adapters that are merged at present."""
     return {
         id(parameter)
-        for _, layer in lora_layers(model)
+        for _, layer in mergeable(model)
         for name in layer.merged_adapters
         for parameter in layer.adapter_parameters(name).values()
     }

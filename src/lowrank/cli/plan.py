@@ -32,18 +32,24 @@ def run(args: argparse.Namespace) -> int:
 
     from lowrank import LoraConfig, plan
     from lowrank.cli.opening import empty_model, model_path
-    from lowrank.targets import saved_modules
+    from lowrank.layer_replication import replicate
+    from lowrank.targets import saved_modules, trained_rows
 
     lora = LoraConfig(**settings.lora)
     model = empty_model(model_path(settings.model.path or ""), settings.model.revision)
+    if lora.layer_replication:
+        replicate(model, lora.layer_replication)
     targets = plan(model, lora)
     saved = {path: _size(model.get_submodule(path)) for path in saved_modules(model, lora)}
-    trained = sum(t.params for t in targets) + sum(saved.values())
+    rows = trained_rows(model, lora)
+    trained = sum(t.params for t in targets) + sum(t.params for t in rows) + sum(saved.values())
     total = _size(model) + trained
     if args.json:
-        print(json.dumps(_as_json(targets, saved, trained, total), indent=2, ensure_ascii=False))
+        print(
+            json.dumps(_as_json(targets, saved, rows, trained, total), indent=2, ensure_ascii=False)
+        )
     else:
-        _print(settings.model.path, targets, saved, trained, total, every=args.all)
+        _print(settings.model.path, targets, saved, rows, trained, total, every=args.all)
     return 0
 
 
@@ -51,7 +57,14 @@ def _size(module: Any) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _as_json(targets: list[Any], saved: dict[str, int], trained: int, total: int) -> dict[str, Any]:
+def _bytes(targets: list[Any], saved: dict[str, int], rows: list[Any]) -> int:
+    """The size of the adapter's file, in float32."""
+    return sum(t.bytes for t in targets) + 4 * (sum(saved.values()) + sum(t.params for t in rows))
+
+
+def _as_json(
+    targets: list[Any], saved: dict[str, int], rows: list[Any], trained: int, total: int
+) -> dict[str, Any]:
     fields = ("path", "r", "scaling", "dropout", "method", "params", "bytes")
     return {
         "targets": [
@@ -59,14 +72,24 @@ def _as_json(targets: list[Any], saved: dict[str, int], trained: int, total: int
             for t in targets
         ],
         "modules_to_save": saved,
+        "trainable_tokens": [
+            {"path": t.path, "rows": len(t.indices), "tied": list(t.tied), "params": t.params}
+            for t in rows
+        ],
         "trainable_params": trained,
         "total_params": total,
-        "adapter_bytes": sum(t.bytes for t in targets) + 4 * sum(saved.values()),
+        "adapter_bytes": _bytes(targets, saved, rows),
     }
 
 
 def _print(
-    name: Any, targets: list[Any], saved: dict[str, int], trained: int, total: int, every: bool
+    name: Any,
+    targets: list[Any],
+    saved: dict[str, int],
+    rows: list[Any],
+    trained: int,
+    total: int,
+    every: bool,
 ) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -92,7 +115,12 @@ def _print(
         )
     for path, params in saved.items():
         table.add_row(path, "saved whole", "", "", *[""] * len(counted), f"{params:,}")
-    size = amount(sum(t.bytes for t in targets) + 4 * sum(saved.values()), "B")
+    blank = ["", "", *[""] * len(counted)]
+    for t in rows:
+        table.add_row(t.path, f"{len(t.indices)} rows", *blank, f"{t.params:,}")
+        for path in t.tied:
+            table.add_row(path, "tied to it", *blank, "")
+    size = amount(_bytes(targets, saved, rows), "B")
     show(Text(f" {name}", "bold"))
     show(table)
     print(

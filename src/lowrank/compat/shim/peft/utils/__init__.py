@@ -22,8 +22,8 @@ from lowrank.compat.names import (
 )
 from lowrank.config import CONFIG_NAME
 from lowrank.functional import get_submodules as _get_submodules
-from lowrank.saved_module import ModulesToSaveWrapper
-from lowrank.saved_module import ModulesToSaveWrapper as AuxiliaryTrainingWrapper
+from lowrank.saved_module import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from lowrank.trainable_tokens import TrainableTokensWrapper
 
 __all__ = [
     "CONFIG_NAME",
@@ -39,6 +39,7 @@ __all__ = [
     "PeftType",
     "PeftWarning",
     "TaskType",
+    "TrainableTokensWrapper",
     "_get_submodules",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",

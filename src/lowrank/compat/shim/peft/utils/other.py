@@ -5,8 +5,8 @@ from lowrank.compat.names import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from lowrank.config import CONFIG_NAME
 from lowrank.functional import fsdp_auto_wrap_policy
 from lowrank.functional import get_submodules as _get_submodules
-from lowrank.saved_module import ModulesToSaveWrapper
-from lowrank.saved_module import ModulesToSaveWrapper as AuxiliaryTrainingWrapper
+from lowrank.saved_module import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from lowrank.trainable_tokens import TrainableTokensWrapper
 
 __all__ = [
     "CONFIG_NAME",
@@ -15,6 +15,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
     "_get_submodules",
     "cast_mixed_precision_params",
     "fsdp_auto_wrap_policy",
