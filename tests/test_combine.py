@@ -535,6 +535,25 @@ def test_add_weighted_adapter_is_the_sum_of_both(model):
     assert torch.equal(logits(model), again)
 
 
+def test_add_weighted_adapter_of_the_lora_model_itself():
+    """As PEFT has it on both; a whole path in rank_pattern is one of the base, not of what is around it."""
+    path = "model.layers.1.self_attn.q_proj"
+    config = LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={f"^{path}": 5})
+    model = randomise(get_peft_model(llama(), config, "one")).eval()
+    wanted = logits(model)
+    model.base_model.add_weighted_adapter(["one"], [1.0], "two", "linear")
+    model.base_model.add_weighted_adapter(["one"], [-0.5], "three", "linear")
+    assert model.get_submodule(f"base_model.model.{path}").r == {"one": 5, "two": 5, "three": 5}
+    model.base_model.set_adapter("two")
+    assert torch.equal(logits(model), wanted)
+    model.base_model.set_adapter(["one", "three"])
+    half = logits(model)
+    model.delete_adapter("two")
+    model.base_model.add_weighted_adapter(["one"], [0.5], "less", "linear")
+    model.base_model.set_adapter("less")
+    torch.testing.assert_close(logits(model), half)
+
+
 def test_one_dora_adapter_with_weight_1_is_itself_in_a_model():
     config = LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=["q_proj", "up_proj"])
     model = randomise(get_peft_model(llama(), config, "one")).eval()

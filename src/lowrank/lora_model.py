@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import functional
+from lowrank.adapter_file import Adapter
+from lowrank.combine import combine
 from lowrank.config import LoraConfig
-from lowrank.errors import ConfigError, RowsError, TargetError, did_you_mean
+from lowrank.errors import CombineError, ConfigError, RowsError, TargetError, did_you_mean
 from lowrank.init import Init
-from lowrank.inject import check_name, inject
+from lowrank.inject import check_name, eject, inject
 from lowrank.layer_replication import original_of, replicate, restore
 from lowrank.log import logger
 from lowrank.routing import BASE
+from lowrank.start_factors import as_plain_lora, start_factors
+from lowrank.state import adapter_keys, get_peft_model_state_dict, set_peft_model_state_dict
 from lowrank.targets import (
     plan,
     resolved,
@@ -68,7 +72,14 @@ class LoraModel(nn.Module):
         meta: bool,
         inits: Mapping[str, Init] | None = None,
     ) -> None:
-        """One more adapter, not active. Layers that had none so far follow the others in what is active."""
+        """One more adapter, not active. Layers that had none so far follow the others in what is active.
+
+        Raises AdapterNameError if the name is taken.
+        """
+        if config.bias != "none" or any(c.bias != "none" for c in self.peft_config.values()):
+            raise ConfigError(
+                "bias='all' or 'lora_only' trains the base's own biases, which several adapters cannot share."
+            )
         known = {module for _, module in wrappers(self.model)}
         disabled = any(module.disable_adapters for module in known)
         self.peft_config[name] = add_to_model(
@@ -78,6 +89,76 @@ class LoraModel(nn.Module):
             if module not in known:
                 module.set_adapter(self.active_adapters)
                 module.enable_adapters(not disabled)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int = 0,
+    ) -> None:
+        """A new adapter, not active, made of others: `lowrank.combine.combine` under PEFT's names.
+
+        "linear" is Σ wᵢ·ΔWᵢ exactly, for any ranks; PEFT's arithmetic on A and B is "linear_factors".
+        svd_full_matrices and svd_driver choose how PEFT computes its SVD and change nothing here.
+        Raises AdapterNameError if the name is taken or an adapter unknown; CombineError for what cannot be
+        combined. The model is then as it was.
+        """
+        del svd_full_matrices, svd_driver
+        if svd_clamp is not None:
+            raise CombineError(
+                f"svd_clamp={svd_clamp!r} would cut off the factors' largest entries, and with them the best "
+                "approximation; leave it out."
+            )
+        check_name(self.model, adapter_name)
+        self.check_known(adapters)
+        with torch.no_grad():
+            combined = combine(
+                [as_plain_lora(self._adapter(name)) for name in adapters],
+                weights,
+                combination_type,
+                svd_rank=svd_rank,
+                density=density,
+                majority_sign_method=majority_sign_method,
+                seed=seed,
+                check_base=False,
+                names=[f"adapter {name!r}" for name in adapters],
+            )
+        known = {module for _, module in wrappers(self)}
+        self.add_adapter(adapter_name, combined.config, cast_to_float32=True, meta=True)
+        try:
+            # the other adapters in the model decide whether a path leads through a base_layer
+            keys = {
+                key.replace(".base_layer.", "."): key for key in adapter_keys(self, adapter_name)
+            }
+            found = {}
+            for key, tensor in combined.tensors.items():
+                ours = key.removeprefix("base_model.")
+                found[keys.get(ours.replace(".base_layer.", "."), ours)] = tensor
+            set_peft_model_state_dict(self, found, adapter_name)
+        except Exception:
+            self.delete_adapter(adapter_name)
+            eject(self.model, keep=known)
+            raise
+
+    def _adapter(self, name: str) -> Adapter:
+        """One of the adapters by its file's keys, which begin a module further out."""
+        tensors = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
+        start = start_factors(self, name)
+        return Adapter(
+            self.peft_config[name],
+            {f"base_model.{key}": tensor for key, tensor in tensors.items()},
+            {},
+            {f"base_model.{key}": tensor for key, tensor in start.items()},
+        )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, act and (without `inference_mode`) trainable.

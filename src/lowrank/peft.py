@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import functional
-from lowrank.adapter_file import Adapter, read_start, read_tensors, write_adapter
+from lowrank.adapter_file import read_start, read_tensors, write_adapter
 from lowrank.card import write_card
-from lowrank.combine import combine
 from lowrank.compat import ensure_recognised
 from lowrank.config import LoraConfig, PeftConfig, TaskType
 from lowrank.errors import (
     AdapterMismatchError,
     AdapterNameError,
-    CombineError,
     ConfigError,
     MissingExtraError,
     NotTrainableError,
@@ -28,7 +26,7 @@ from lowrank.errors import (
 )
 from lowrank.fingerprint import check_base
 from lowrank.init import Init
-from lowrank.inject import check_name, eject
+from lowrank.inject import eject
 from lowrank.lora_model import (
     LoraModel,
     add_to_model,
@@ -37,12 +35,9 @@ from lowrank.lora_model import (
     rows,
 )
 from lowrank.saving import adapter_of, converted, warn_of_other_readers
-from lowrank.start_factors import as_plain_lora as plain_lora
-from lowrank.start_factors import check_start, inits_from, replace_start, start_factors
+from lowrank.start_factors import check_start, inits_from, replace_start
 from lowrank.state import (
     LoadResult,
-    adapter_keys,
-    get_peft_model_state_dict,
     set_peft_model_state_dict,
     vocab_size,
 )
@@ -192,12 +187,6 @@ class PeftModel(nn.Module):
 
         Raises AdapterNameError if the name is taken.
         """
-        if peft_config.bias != "none" or any(
-            config.bias != "none" for config in self.peft_config.values()
-        ):
-            raise ConfigError(
-                "bias='all' or 'lora_only' trains the base's own biases, which several adapters cannot share."
-            )
         self.base_model.add_adapter(
             adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, inits
         )
@@ -217,56 +206,20 @@ class PeftModel(nn.Module):
         *,
         seed: int = 0,
     ) -> None:
-        """A new adapter, not active, made of others: `lowrank.combine.combine` under PEFT's names.
-
-        "linear" is Σ wᵢ·ΔWᵢ exactly, for any ranks; PEFT's arithmetic on A and B is "linear_factors".
-        svd_full_matrices and svd_driver choose how PEFT computes its SVD and change nothing here.
-        Raises AdapterNameError if the name is taken or an adapter unknown; CombineError for what cannot be
-        combined. The model is then as it was.
-        """
-        del svd_full_matrices, svd_driver
-        if svd_clamp is not None:
-            raise CombineError(
-                f"svd_clamp={svd_clamp!r} would cut off the factors' largest entries, and with them the best "
-                "approximation; leave it out."
-            )
-        check_name(self.get_base_model(), adapter_name)
-        self.base_model.check_known(adapters)
-        tensors = [
-            get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
-            for name in adapters
-        ]
-        with torch.no_grad():
-            combined = combine(
-                [
-                    plain_lora(Adapter(self.peft_config[n], t, {}, start_factors(self, n)))
-                    for n, t in zip(adapters, tensors, strict=True)
-                ],
-                weights,
-                combination_type,
-                svd_rank=svd_rank,
-                density=density,
-                majority_sign_method=majority_sign_method,
-                seed=seed,
-                check_base=False,
-                names=[f"adapter {name!r}" for name in adapters],
-            )
-        known = {module for _, module in wrappers(self)}
-        self.add_adapter(adapter_name, combined.config, low_cpu_mem_usage=True)
-        try:
-            # the other adapters in the model decide whether a path leads through a base_layer
-            keys = {
-                key.replace(".base_layer.", "."): key for key in adapter_keys(self, adapter_name)
-            }
-            found = {
-                keys.get(key.replace(".base_layer.", "."), key): tensor
-                for key, tensor in combined.tensors.items()
-            }
-            set_peft_model_state_dict(self, found, adapter_name)
-        except Exception:
-            self.delete_adapter(adapter_name)
-            eject(self.get_base_model(), keep=known)
-            raise
+        """A new adapter, not active, made of others: `LoraModel.add_weighted_adapter`."""
+        self.base_model.add_weighted_adapter(
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            svd_clamp,
+            svd_full_matrices,
+            svd_driver,
+            density,
+            majority_sign_method,
+            seed=seed,
+        )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, act and (without `inference_mode`) trainable."""
