@@ -7,11 +7,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from folders import WORDS, tensors_of, write_adapter_for, write_base, write_tokenizer
+from folders import WORDS, rewrite, tensors_of, write_adapter_for, write_base, write_tokenizer
 from tiny import merged_by_hand
 
 from lowrank import LoraConfig, get_peft_model
-from lowrank.errors import AdapterMismatchError, MergeError
+from lowrank.errors import AdapterMismatchError, BaseMismatchError, MergeError
 from lowrank.merge import merge_to_folder
 from lowrank.model_folder import TASKS, ModelFolderError, is_tied, load_model
 
@@ -77,6 +77,7 @@ def test_the_folder_computes_what_float64_says(tmp_path, name, method):
     )
     assert result.dtype == "float32"
     assert result.task == task
+    assert result.built is None
     assert 0 < result.overall_rounding < 1e-5
 
 
@@ -259,7 +260,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", fail)
+    monkeypatch.setattr("lowrank.merge_files.write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         merge_to_folder(base, adapter, tmp_path / "out", overwrite=True)
     assert tiny.same_bits(before, tensors_of(tmp_path / "out"))
@@ -293,3 +294,132 @@ def test_what_does_not_go_together_is_an_error(tmp_path):
     )
     with pytest.raises(MergeError, match="names no base"):
         merge_to_folder(None, adapter, tmp_path / "out")
+
+
+# --- on the files, or in the model ----------------------------------------------------------------
+
+
+def test_shards_stay_as_the_base_has_them(tmp_path):
+    model = tiny.llama().to(torch.bfloat16)
+    base = tmp_path / "base"
+    model.save_pretrained(base, max_shard_size="15KB")
+    adapter = write_adapter_for(
+        base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj", "gate_proj"]
+    )
+    result = merge_to_folder(base, adapter, tmp_path / "out")
+    files = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(files) > 1
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == files
+    index = "model.safetensors.index.json"
+    places = [json.loads((path / index).read_text()) for path in (base, tmp_path / "out")]
+    assert places[0]["weight_map"] == places[1]["weight_map"]
+    assert places[0]["metadata"]["total_size"] == places[1]["metadata"]["total_size"]
+    W, M, a = (tensors_of(tmp_path / part) for part in ("base", "out", "adapter"))
+    for name in W:
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        exact = W[name].double()
+        if f"{key}.lora_A.weight" in a:
+            exact = (
+                exact
+                + 5 / 3 * a[f"{key}.lora_B.weight"].double() @ a[f"{key}.lora_A.weight"].double()
+            )
+        assert (M[name] != exact.to(torch.bfloat16)).sum() <= 1, name
+    assert result.built is None
+    assert not load_model(tmp_path / "out", "CAUSAL_LM").missing
+
+
+def test_rows_in_blocks(tmp_path, monkeypatch):
+    """Blocks that do not divide the rows, in several workers, for every way that a weight is held."""
+    monkeypatch.setattr("lowrank.merge_files._BLOCK", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for name, fields in (("lora", {}), ("dora", {"use_dora": True})):
+        base = write_base(tiny.gpt2(), tmp_path / name / "base", tokenizer=False)
+        adapter = write_adapter_for(
+            base, tmp_path / name / "adapter", "CAUSAL_LM", target_modules=["c_attn", "wte", "c_proj"], **fields
+        )  # fmt: skip
+        result = merge_to_folder(base, adapter, tmp_path / name / "out")
+        assert result.built is None
+        assert result.untied
+        truth = merged_by_hand(
+            load_model(base, "CAUSAL_LM", dtype=torch.float32).model, tensors_of(adapter), 5 / 3
+        )
+        merged = load_model(tmp_path / name / "out", "CAUSAL_LM").model
+        for key, exact in truth.state_dict().items():
+            torch.testing.assert_close(
+                merged.state_dict()[key].double(), exact, atol=1e-7, rtol=1e-7
+            )
+
+
+def mixtral():
+    config = transformers.MixtralConfig(
+        vocab_size=93,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    return tiny._built(transformers.MixtralForCausalLM, config, torch.float32, 0)
+
+
+def test_what_is_stored_in_another_form_is_copied_where_the_adapter_leaves_it(tmp_path):
+    base = write_base(mixtral(), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    result = merge_to_folder(base, adapter, tmp_path / "out")
+    assert result.built is None
+    W, M = tensors_of(base), tensors_of(tmp_path / "out")
+    assert W.keys() == M.keys()
+    assert any("experts.2.w1" in name for name in W)  # one tensor each on disk, fused in the model
+    assert all(torch.equal(W[name], M[name]) for name in W if "q_proj" not in name)
+    a = tensors_of(adapter)
+    for name in (name for name in W if "q_proj" in name):
+        A, B = (a[f"base_model.model.{name[:-7]}.lora_{x}.weight"].double() for x in "AB")
+        torch.testing.assert_close(M[name].double(), W[name].double() + 5 / 3 * B @ A)
+    assert not load_model(tmp_path / "out", "CAUSAL_LM").missing
+
+
+def test_a_pickled_base_is_loaded_and_the_log_says_so(tmp_path, caplog):
+    base = write_base(tiny.llama(), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    streamed = merge_to_folder(base, adapter, tmp_path / "streamed")
+    weights = base / "model.safetensors"
+    torch.save(tensors_of(base), base / "pytorch_model.bin")
+    weights.unlink()
+    loaded = merge_to_folder(base, adapter, tmp_path / "loaded")
+    assert (streamed.built, loaded.built) == (None, "the base has no safetensors files")
+    assert "loading the whole model to merge, since the base has no safetensors" in caplog.text
+    for name, M in tensors_of(tmp_path / "streamed").items():
+        torch.testing.assert_close(M, tensors_of(tmp_path / "loaded")[name], atol=1e-6, rtol=1e-6)
+    assert loaded.overall_rounding == pytest.approx(streamed.overall_rounding, rel=1e-3)
+
+
+def test_another_base_is_refused_by_its_fingerprint(tmp_path):
+    base = write_base(tiny.llama(), tmp_path / "base", tokenizer=False)
+    other = write_base(tiny.llama(seed=5), tmp_path / "other", tokenizer=False)
+    for name, build in (("gpt2", tiny.gpt2), ("gpt2 other", lambda: tiny.gpt2(seed=5))):
+        write_base(build(), tmp_path / name, tokenizer=False)
+    for right, wrong, targets in (
+        (base, other, ["q_proj", "embed_tokens"]),
+        (tmp_path / "gpt2", tmp_path / "gpt2 other", ["c_attn"]),
+    ):
+        adapter = write_adapter_for(
+            right, tmp_path / f"adapter {right.name}", "CAUSAL_LM", target_modules=targets
+        )
+        merge_to_folder(right, adapter, tmp_path / "out", overwrite=True)
+        with pytest.raises(BaseMismatchError, match="was trained on another base"):
+            merge_to_folder(wrong, adapter, tmp_path / "nothing")
+
+
+def test_tensors_that_the_base_keeps_wider_stay_so(tmp_path):
+    base = write_base(tiny.llama(), tmp_path / "base", torch.bfloat16, tokenizer=False)
+    tensors = tensors_of(base)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-4
+    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].float() + 1e-4  # fmt: skip
+    rewrite(base, tensors)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    merge_to_folder(base, adapter, tmp_path / "out", dtype="float16")
+    M = tensors_of(tmp_path / "out")
+    wide = {name for name, tensor in M.items() if tensor.dtype == torch.float32}
+    assert wide == {"model.norm.weight", "model.layers.0.self_attn.q_proj.weight"}
+    assert torch.equal(M["model.norm.weight"], tensors["model.norm.weight"])

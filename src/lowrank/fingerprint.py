@@ -18,6 +18,7 @@ from lowrank.log import logger
 from lowrank.wrappers import lora_chains
 
 ENTRIES = 32
+NO_FINGERPRINT = "%s carries no fingerprint of its base model, so the base could not be checked."
 
 
 def fingerprint(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -56,23 +57,49 @@ def check_base(
     compared. Without a fingerprint (the adapter was made by another library), the log gets one line.
     """
     if not saved:
-        logger.warning(
-            "%s carries no fingerprint of its base model, so the base could not be checked.", where
-        )
+        logger.warning(NO_FINGERPRINT, where)
         return
     suffix = ".base_layer.weight"
     brought = {_base_path(key.removesuffix(suffix)) for key in keys if key.endswith(suffix)}
     here = fingerprint(model, adapter_name)
     weights = here.get("weights", {}).items()
-    found = differences(
-        saved, {**here, "weights": {path: W for path, W in weights if path not in brought}}
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    _raise_if_different(
+        saved,
+        {**here, "weights": {path: W for path, W in weights if path not in brought}},
+        where,
+        f"this {type(_base(model)).__name__}",
+        getattr(config, "base_model_name_or_path", None),
     )
+
+
+def check_samples(
+    saved: dict[str, Any] | None,
+    samples: dict[str, tuple[tuple[int, int], Tensor]],
+    where: Any,
+    base: Any,
+    trained_on: str | None,
+) -> None:
+    """As `check_base`, from entries of the weights' files: by path (out, in) and what lies at `sample_places`."""
+    if not saved:
+        logger.warning(NO_FINGERPRINT, where)
+        return
+    weights = {
+        path: {"shape": list(shape), "sample": _encode(sample.to(torch.bfloat16))}
+        for path, (shape, sample) in samples.items()
+    }
+    _raise_if_different(saved, {"weights": weights}, where, str(base), trained_on)
+
+
+def _raise_if_different(
+    saved: dict[str, Any], here: dict[str, Any], where: Any, what: str, trained_on: str | None
+) -> None:
+    found = differences(saved, here)
     if found:
-        config = getattr(model, "peft_config", {}).get(adapter_name)
-        name = getattr(config, "base_model_name_or_path", None) or "its name was not saved"
+        name = trained_on or "its name was not saved"
         rest = f"\n  … and {len(found) - 5} more" if len(found) > 5 else ""
         raise BaseMismatchError(
-            f"{where} was trained on another base ({saved['architecture']}) than this {type(_base(model)).__name__}:\n  "
+            f"{where} was trained on another base ({saved['architecture']}) than {what}:\n  "
             + "\n  ".join(found[:5])
             + rest
             + f"\nLoad the base that it was trained on ({name}), or pass check_base=False to use it here all the same."
@@ -115,12 +142,18 @@ def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return found
 
 
+def sample_places(out: int, in_: int) -> tuple[Tensor, Tensor]:
+    """The rows and columns of the ENTRIES of W (out, in) that are kept, spread over both."""
+    k = torch.arange(ENTRIES)
+    return k * out // ENTRIES, (k * 7919 + 13) % in_
+
+
 def _sample(W: Tensor) -> Tensor:
     """ENTRIES entries of W (*expert, out, in), spread over its rows and columns; bfloat16, on the CPU."""
     *rows, in_ = W.shape
-    k = torch.arange(ENTRIES, device=W.device)
-    row = torch.unravel_index(k * math.prod(rows) // ENTRIES, tuple(rows))
-    return W.detach()[(*row, (k * 7919 + 13) % in_)].to(torch.float32).to(torch.bfloat16).cpu()
+    row, column = (places.to(W.device) for places in sample_places(math.prod(rows), in_))
+    at = torch.unravel_index(row, tuple(rows))
+    return W.detach()[(*at, column)].to(torch.float32).to(torch.bfloat16).cpu()
 
 
 def _encode(sample: Tensor) -> str:

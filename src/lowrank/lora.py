@@ -51,8 +51,23 @@ def merged_weight(W: Tensor, *loras: Lora) -> Tensor:
         return torch.stack(
             [merged_weight(W[e], *(of_expert(lora, e) for lora in loras)) for e in range(len(W))]
         )
-    wide = W.to(_accumulation_dtype(W))
-    return sum((weight_change(W, lora) for lora in loras), wide).to(W.dtype)
+    return unrounded_merged_weight(W, *loras).to(W.dtype)
+
+
+def unrounded_merged_weight(W: Tensor, *loras: Lora) -> Tensor:
+    """`merged_weight` in float32 (float64 for a float64 W), before it is rounded. Any rows of W, with theirs of B."""
+    dtype = _accumulation_dtype(W)
+    if len(loras) == 1:
+        return add_change_(W.to(dtype, copy=True), loras[0])
+    return sum((weight_change(W, lora) for lora in loras), W.to(dtype))
+
+
+def add_change_(W: Tensor, lora: Lora) -> Tensor:
+    """`W` itself, (out, in) in float32 or float64, with what `lora` changes added in place."""
+    if lora.magnitude is None:
+        check_shapes(W.shape, lora)
+        return W.addmm_(lora.B.to(W.dtype), lora.A.to(W.dtype), alpha=lora.scaling)
+    return W.add_(weight_change(W, lora))
 
 
 def of_expert(lora: Lora, e: int) -> Lora:
@@ -75,6 +90,12 @@ def weight_change(W: Tensor, lora: Lora) -> Tensor:
     V = W + delta
     norm = torch.linalg.vector_norm(V, dim=-1).detach().clamp_min(_TINY)
     return (lora.magnitude.to(dtype) / norm).unsqueeze(-1) * V - W
+
+
+def delta_norm(lora: Lora) -> float:
+    """‖ΔW‖ (Frobenius), in float64, without forming ΔW: ‖B·A‖² is the trace of (BᵀB)(AAᵀ)."""
+    A, B = lora.A.double(), lora.B.double()
+    return abs(lora.scaling) * ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt().item()
 
 
 def merged_weight_norm(W: Tensor, lora: Lora) -> Tensor:

@@ -8,16 +8,31 @@ from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowrank.adapter_file import Adapter
 from lowrank.errors import MergeError
 from lowrank.expected import Change, changes, loss, transposed_weights
-from lowrank.model_folder import file_of, has_tokenizer, is_tied, load_base, quiet, task_of
+from lowrank.log import logger
+from lowrank.merge_files import Rounding, one_thread_each, write_files
+from lowrank.merge_plan import NeedsModel, merge_plan
+from lowrank.model_folder import (
+    NoSkeletonError,
+    file_of,
+    has_tokenizer,
+    is_tied,
+    load_base,
+    load_skeleton,
+    quiet,
+    stored_tensors,
+    task_of,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,15 +49,6 @@ PROCESSOR_FILES = (
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """What rounding to the merged dtype costs at one tensor."""
-
-    name: str
-    dtype: str
-    loss: float  # ‖round(W+ΔW) − (W+ΔW)‖ / ‖ΔW‖: 0.02 means noise of 2% of the adapter's change
-
-
-@dataclass(frozen=True)
 class MergedFolder:
     """What `merge_to_folder` wrote."""
 
@@ -56,6 +62,7 @@ class MergedFolder:
     tokenizer: str | None  # the folder its tokenizer came from; None: neither has one
     rounding: list[Rounding]  # every changed tensor, the costliest first
     overall_rounding: float  # as Rounding.loss, over all of them together
+    built: str | None = None  # why the whole model had to be loaded; None: its files were streamed
 
 
 def merge_to_folder(
@@ -65,19 +72,21 @@ def merge_to_folder(
     *,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
 ) -> MergedFolder:
     """Write base + adapter as one model folder, for transformers and whoever reads its format.
 
+    The base's safetensors files are streamed, block by block, into files of the same names; the model is never
+    loaded. Where files alone do not say enough (other formats, weights stored in another form than the model's),
+    it is, in float32; the log and the result's `built` then say why.
+
     base: a folder or a name on the Hub; None takes `base_model_name_or_path` from the adapter.
     dtype: "float32", "bfloat16" or "float16"; None keeps the base's, tensor by tensor. The sum is
-    taken in float32 and rounded once; what that costs is in the result. The tokenizer comes from
-    the adapter's folder if one is saved there, else from the base's.
+    taken in float32 (float64 for float32) and rounded once; what that costs is in the result. The tokenizer comes
+    from the adapter's folder if one is saved there, else from the base's.
     `out` appears when it is complete, in one rename. Raises MergeError if `out` exists and is not
     empty (unless `overwrite`), if a merged weight is not finite, or if the layers cannot be merged.
     """
     from lowrank.adapter_file import read_adapter
-    from lowrank.peft import PeftModel
 
     target = _as_dtype(dtype)
     out = Path(out)
@@ -86,38 +95,108 @@ def merge_to_folder(
     base = base_of(file.config, base)
     revision = getattr(file.config, "revision", None)
     task = task_of(base, file.config.task_type, revision)
-
-    model: Any = load_base(base, task, file.tensors, revision=revision).model
-    tied = is_tied(model)
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    if target is not None:
-        main = model.dtype  # tensors that the base keeps in another (float32 norms) stay in theirs
-        dtypes = {name: target if was == main else was for name, was in dtypes.items()}
-    model.float()
-    rounding, overall = _rounding(
-        changes(
-            model.state_dict(), file.tensors, file.config, transposed_weights(model), file.start
-        ),
-        dtypes,
-    )
-    with quiet():
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    _cast(model, dtypes)
+    job = _Job(str(base), str(adapter), file, task, revision, target)
 
     with _complete_folder(out) as folder:
-        tokenizer = _write(model, folder, str(base), str(adapter), revision, max_shard_size)
+        try:
+            with one_thread_each() as workers:
+                written, built = _streamed(job, folder, workers), None
+        except NeedsModel as reason:
+            built = str(reason)
+            logger.warning("%s: loading the whole model to merge, since %s.", base, reason)
+            for rest in folder.iterdir():
+                rest.unlink()
+            written = _in_model(job, folder)
+        tokenizer = _copy_rest(job, folder)
+    rounding = sorted(written.rounding, key=lambda row: -row.loss)
+    change = sum(row.change**2 for row in rounding)
+    noise = sum((row.loss * row.change) ** 2 for row in rounding)
     return MergedFolder(
         path=str(out),
         base=str(base),
         adapter=str(adapter),
         task=task,
-        dtype=rounding[0].dtype if rounding else str(target or model.dtype).removeprefix("torch."),
+        dtype=rounding[0].dtype if rounding else written.dtype,
         total_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
-        untied=bool(tied) and not is_tied(model),
+        untied=written.untied,
         tokenizer=tokenizer,
         rounding=rounding,
-        overall_rounding=overall,
+        overall_rounding=(noise / change) ** 0.5 if change else 0.0,
+        built=built,
     )
+
+
+class _Job(NamedTuple):
+    base: str
+    adapter: str
+    file: Adapter
+    task: str
+    revision: str | None
+    dtype: torch.dtype | None
+
+
+class _Written(NamedTuple):
+    rounding: list[Rounding]
+    dtype: str
+    untied: bool
+
+
+def _streamed(job: _Job, folder: Path, workers: int) -> _Written:
+    """The base's files with the adapter in them. Raises NeedsModel."""
+    try:
+        model = load_skeleton(job.base, job.task, job.file.tensors, job.revision)
+    except NoSkeletonError as error:
+        raise NeedsModel(str(error)) from error
+    stored = stored_tensors(job.base, job.revision)
+    if stored is None:
+        raise NeedsModel("the base has no safetensors files")
+    plan = merge_plan(model, stored.tensors, job.file, job.adapter, job.dtype)
+    rounding = write_files(plan, stored.metadata, folder, workers)
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = plan.dtype if job.dtype or config.dtype is None else config.dtype
+    with quiet():
+        config.save_pretrained(folder)
+        if model.can_generate() and file_of(job.base, GENERATION, job.revision) is None:
+            model.generation_config.save_pretrained(folder)
+    return _Written(rounding, plan.dtype, plan.untied)
+
+
+def _in_model(job: _Job, folder: Path) -> _Written:
+    """The model in float32, merged and saved."""
+    from lowrank.peft import PeftModel
+
+    model: Any = load_base(job.base, job.task, job.file.tensors, revision=job.revision).model
+    tied = is_tied(model)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    if job.dtype is not None:
+        main = model.dtype  # tensors that the base keeps in another (float32 norms) stay in theirs
+        dtypes = {name: job.dtype if was == main else was for name, was in dtypes.items()}
+    model.float()
+    rounding = _rounding(
+        changes(
+            model.state_dict(),
+            job.file.tensors,
+            job.file.config,
+            transposed_weights(model),
+            job.file.start,
+        ),
+        dtypes,
+    )
+    with quiet():
+        model = PeftModel.from_pretrained(model, job.adapter).merge_and_unload()
+    _cast(model, dtypes)
+    if file_of(job.base, GENERATION, job.revision) is not None:
+        # the base's own is copied: saving would refuse one that transformers finds inconsistent
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig()
+    with quiet():
+        model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
+        shutil.copymode(folder / "config.json", weights)
+    dtype = str(job.dtype or model.dtype).removeprefix("torch.")
+    return _Written(rounding, dtype, bool(tied) and not is_tied(model))
 
 
 def base_of(config: Any, base: str | Path | None) -> str | Path:
@@ -157,18 +236,14 @@ def _check_out(out: Path, sources: Iterable[str | Path | None], overwrite: bool)
         )
 
 
-def _rounding(
-    all_changes: Iterable[Change], dtypes: Mapping[str, torch.dtype]
-) -> tuple[list[Rounding], float]:
-    rows, noise, change_square = [], 0.0, 0.0
+def _rounding(all_changes: Iterable[Change], dtypes: Mapping[str, torch.dtype]) -> list[Rounding]:
+    rows = []
     for change in all_changes:
         dtype = dtypes[change.name]
         cost = loss(change.after.to(dtype), change)
-        noise += cost.rounding_norm**2
-        change_square += cost.change_norm**2
-        rows.append(Rounding(change.name, str(dtype).removeprefix("torch."), cost.rounding))
-    rows.sort(key=lambda row: -row.loss)
-    return rows, (noise / change_square) ** 0.5 if change_square else 0.0
+        name = str(dtype).removeprefix("torch.")
+        rows.append(Rounding(change.name, name, cost.rounding, cost.change_norm))
+    return rows
 
 
 @torch.no_grad()
@@ -212,24 +287,11 @@ def _complete_folder(out: Path):
             shutil.rmtree(rest, ignore_errors=True)
 
 
-def _write(
-    model: Any, folder: Path, base: str, adapter: str, revision: str | None, max_shard_size: str
-) -> str | None:
-    generation = file_of(base, "generation_config.json", revision)
-    if generation is not None:
-        # the base's own file is copied: saving would refuse one that transformers finds inconsistent
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig()
-    with quiet():
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-    for weights in folder.glob("*.safetensors"):  # safetensors writes them for the owner alone
-        shutil.copymode(folder / "config.json", weights)
-    if generation is not None:
-        shutil.copyfile(generation, folder / "generation_config.json")
-    for name in PROCESSOR_FILES:
-        _copy(base, name, revision, folder)
-    for source, at in ((adapter, None), (base, revision)):
+def _copy_rest(job: _Job, folder: Path) -> str | None:
+    """What lies beside the weights of a model: the base's, and the tokenizer, whose folder is returned."""
+    for name in (GENERATION, *PROCESSOR_FILES):
+        _copy(job.base, name, job.revision, folder)
+    for source, at in ((job.adapter, None), (job.base, job.revision)):
         if has_tokenizer(source, at):
             _copy_tokenizer(source, at, folder)
             return source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import AdapterMismatchError, LowrankError
 from lowrank.expected import PREFIX
+from lowrank.tensor_files import Entry, entries
 
 # task_type in the adapter's config → transformers' class for it, and the outputs to compare
 TASKS = {
@@ -33,9 +35,16 @@ ENDINGS = {
     "Model": "FEATURE_EXTRACTION",
 }
 
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
 
 class ModelFolderError(LowrankError, ValueError):
     """A model folder cannot be read, merged into, or written."""
+
+
+class NoSkeletonError(ModelFolderError):
+    """transformers does not build the model from its configuration alone."""
 
 
 class Loaded(NamedTuple):
@@ -110,11 +119,7 @@ def load_model(
             raise ModelFolderError(
                 f"{folder} cannot be loaded with {TASKS[task][0]}: {error}"
             ) from error
-    if getattr(model, "is_quantized", False):
-        raise ModelFolderError(
-            f"{folder} is stored quantised, and a merge would round it once more.\n"
-            "Name the unquantised base instead."
-        )
+    _refuse_quantised(folder, getattr(model, "is_quantized", False))
     misshapen = sorted(str(key[0]) for key in info["mismatched_keys"])
     return Loaded(
         model.eval(), sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), misshapen
@@ -146,14 +151,79 @@ def load_base(
     return loaded
 
 
-def _labels(config: Any, task: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """`num_labels` when the classifier in the adapter's file has another number than the base's config."""
+def load_skeleton(
+    base: str | Path, task: str, tensors: Mapping[str, Tensor], revision: str | None = None
+) -> Any:
+    """The model that `load_base` gives, on the meta device: names, shapes, modules, ties; no weights are read."""
+    config = load_config(base, revision)
+    _refuse_quantised(base, getattr(config, "quantization_config", None) is not None)
+    for name, value in _labels(config, task, tensors).items():
+        setattr(config, name, value)
+    model = _on_meta(config, task)
+    _resize_vocabulary(model, tensors)
+    return model
+
+
+class Stored(NamedTuple):
+    """What the safetensors files of a model hold."""
+
+    tensors: dict[str, Entry]
+    metadata: dict[str, dict[str, str]]  # by the file's name
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.tensors.values())
+
+
+def stored_tensors(folder: str | Path, revision: str | None = None) -> Stored | None:
+    """Where each tensor of a folder, or of a repository on the Hub, lies; None without safetensors files."""
+    names = [WEIGHTS]
+    if file_of(folder, WEIGHTS, revision) is None:
+        index = file_of(folder, INDEX, revision)
+        if index is None:
+            return None
+        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+    found = Stored({}, {})
+    for name in names:
+        path = file_of(folder, name, revision)
+        if path is None:
+            raise ModelFolderError(f"{folder} lacks {name}, which its {INDEX} names.")
+        tensors, metadata = entries(Path(path))
+        found.tensors.update(tensors)
+        found.metadata[name] = metadata
+    return found
+
+
+def _refuse_quantised(folder: str | Path, quantised: bool) -> None:
+    if quantised:
+        raise ModelFolderError(
+            f"{folder} is stored quantised, and a merge would round it once more.\n"
+            "Name the unquantised base instead."
+        )
+
+
+def _on_meta(config: Any, task: str) -> Any:
     import transformers
 
+    if task not in TASKS:
+        raise ModelFolderError(
+            f"No model class is known for task_type={task!r}. Known: {', '.join(TASKS)}."
+        )
+    try:
+        with torch.device("meta"), quiet():
+            return getattr(transformers, TASKS[task][0]).from_config(config).eval()
+    except ValueError as error:
+        raise NoSkeletonError(
+            f"transformers makes no {TASKS[task][0]} of its config: {error}"
+        ) from error
+
+
+def _labels(config: Any, task: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`num_labels` when the classifier in the adapter's file has another number than the base's config."""
     if task not in ("SEQ_CLS", "TOKEN_CLS"):
         return {}
-    with torch.device("meta"), quiet():
-        model = getattr(transformers, TASKS[task][0]).from_config(config)
+    model = _on_meta(config, task)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for key, saved in tensors.items():
         shape = shapes.get(key.removeprefix(PREFIX))
@@ -200,8 +270,8 @@ def is_tied(model: Any) -> bool | None:
     names = embedding_names(model)
     if names is None:
         return None
-    state = model.state_dict()
-    return state[names[0]].data_ptr() == state[names[1]].data_ptr()
+    first, second = (model.get_parameter(name) for name in names)
+    return first is second
 
 
 def file_of(source: str | Path, name: str, revision: str | None = None) -> str | None:

@@ -59,6 +59,11 @@ class Entry(NamedTuple):
         with opened(self.file) as file:
             return read_block(file, self, 0, math.prod(self.shape)).view(self.shape)
 
+    def entries(self, places: Iterable[int]) -> Tensor:
+        """The numbers at these places of the flattened tensor."""
+        with opened(self.file) as file:
+            return torch.cat([read_block(file, self, i, i + 1) for i in places])
+
 
 class Layout(NamedTuple):
     """A file before it is filled: its head, and where each tensor begins."""

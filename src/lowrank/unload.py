@@ -63,11 +63,8 @@ def unload(
     tied = _tied_pair(model)
     if merge:
         _check_mergeable(model, names)
-        if tied and _comes_apart(model, tied, names) and _forward_reads_tie(model):
-            raise MergeError(
-                f"{type(model).__name__} ties its embeddings and its forward depends on that, so the tied pair cannot "
-                "be untied for this merge. Leave the embeddings and lm_head out of the adapter, or keep it unmerged."
-            )
+        if tied and _comes_apart(model, tied, names):
+            refuse_to_untie(model)
         if keep_base:
             merge_all(model, names)
         else:
@@ -183,8 +180,19 @@ def _comes_apart(model: nn.Module, tied: set[int], names: list[str] | None) -> b
     return not tied.isdisjoint(changed) and not (shared == len(tied) and len(copies) == 1)
 
 
-def _forward_reads_tie(model: nn.Module) -> bool:
-    return "config.tie_word_embeddings" in inspect.getsource(type(model).forward)
+def refuse_to_untie(model: nn.Module) -> None:
+    """Raises MergeError if the architecture computes something else without the tie."""
+    if "config.tie_word_embeddings" in inspect.getsource(type(model).forward):
+        raise MergeError(
+            f"{type(model).__name__} ties its embeddings and its forward depends on that, so the tied pair cannot "
+            "be untied for this merge. Leave the embeddings and lm_head out of the adapter, or keep it unmerged."
+        )
+
+
+def say_untied(model: Any) -> None:
+    """Says in the configuration that the embeddings are two tensors."""
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def _untie_the_rest(model: Any) -> None:
@@ -193,8 +201,7 @@ def _untie_the_rest(model: Any) -> None:
     transformers drops from a saved file every tensor that its class could tie, and without the tie it
     would not fill them when loading: BERT's output bias, the encoder's own embedding.
     """
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
+    say_untied(model)
     for name, source in getattr(model, "all_tied_weights_keys", {}).items():
         path, _, attribute = name.rpartition(".")
         parameters = model.get_submodule(path)._parameters
