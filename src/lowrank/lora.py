@@ -66,7 +66,7 @@ def add_change_(W: Tensor, lora: Lora) -> Tensor:
     """`W` itself, (out, in) in float32 or float64, with what `lora` changes added in place."""
     if lora.magnitude is None:
         check_shapes(W.shape, lora)
-        return W.addmm_(lora.B.to(W.dtype), lora.A.to(W.dtype), alpha=lora.scaling)
+        return W.addmm_(lora.B.to(W.dtype) * lora.scaling, lora.A.to(W.dtype))
     return W.add_(weight_change(W, lora))
 
 
@@ -94,8 +94,8 @@ def weight_change(W: Tensor, lora: Lora) -> Tensor:
 
 def delta_norm(lora: Lora) -> float:
     """‖ΔW‖ (Frobenius), in float64, without forming ΔW: ‖B·A‖² is the trace of (BᵀB)(AAᵀ)."""
-    A, B = lora.A.double(), lora.B.double()
-    return abs(lora.scaling) * ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt().item()
+    A, B = lora.A.double(), lora.B.double() * lora.scaling
+    return ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt().item()
 
 
 def merged_weight_norm(W: Tensor, lora: Lora) -> Tensor:
