@@ -299,9 +299,44 @@ def test_inject_on_the_meta_device_is_filled_by_loading():
     }
 
 
-def test_inject_with_a_state_dict_is_refused():
-    with pytest.raises(ConfigError, match="not supported yet"):
-        lowrank.inject_adapter_in_model(LoraConfig(r=2), llama(), state_dict={})
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_inject_takes_layers_and_ranks_from_a_state_dict(prefix):
+    saved = lowrank.inject_adapter_in_model(
+        LoraConfig(
+            r=3,
+            lora_alpha=5,
+            target_modules=["q_proj", "layers.1.self_attn.v_proj", "embed_tokens"],
+            rank_pattern={"layers.0.self_attn.q_proj": 4, "embed_tokens": 2},
+            init_lora_weights=False,
+        ),
+        llama(),
+    )
+    tensors = lowrank.get_peft_model_state_dict(saved)
+    named = {prefix + key: tensor for key, tensor in tensors.items()}
+    model = lowrank.inject_adapter_in_model(
+        LoraConfig(r=3, lora_alpha=5), llama(), state_dict=named
+    )
+    lowrank.set_peft_model_state_dict(model, tensors)
+    torch.testing.assert_close(logits(model), logits(saved), rtol=0, atol=0)
+    # and the configuration that it leaves says the same elsewhere
+    again = lowrank.inject_adapter_in_model(model.peft_config["default"], llama())
+    lowrank.set_peft_model_state_dict(again, tensors)
+    torch.testing.assert_close(logits(again), logits(saved), rtol=0, atol=0)
+
+
+def test_a_state_dict_that_agrees_leaves_the_configuration_alone():
+    config = LoraConfig(r=3, target_modules=["q_proj"])
+    tensors = lowrank.get_peft_model_state_dict(lowrank.inject_adapter_in_model(config, llama()))
+    model = lowrank.inject_adapter_in_model(config, llama(), state_dict=tensors)
+    assert model.peft_config["default"].target_modules == ["q_proj"]
+    assert model.peft_config["default"].rank_pattern == {}
+
+
+def test_a_state_dict_of_no_adapter_is_refused():
+    with pytest.raises(ConfigError, match="no lora_A"):
+        lowrank.inject_adapter_in_model(
+            LoraConfig(r=2), llama(), state_dict={"x.weight": torch.ones(2)}
+        )
 
 
 # --- the LoraModel itself -------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """An adapter's tensors out of a model and into one: keys, what does not fit, and resized vocabularies."""
 
 import pytest
+import tiny
 import torch
 import transformers
 from tiny import (
@@ -21,7 +22,13 @@ import lowrank
 from lowrank import LoraConfig, LoraLayer, PeftModel, get_peft_model
 from lowrank import get_peft_model_state_dict as state_of
 from lowrank import set_peft_model_state_dict as load_state
-from lowrank.errors import AdapterMismatchError, BaseMismatchError, LowrankError, ShapeError
+from lowrank.errors import (
+    AdapterMismatchError,
+    BaseMismatchError,
+    LowrankError,
+    MergeError,
+    ShapeError,
+)
 from lowrank.saved_module import ModulesToSaveWrapper
 
 PREFIX = "base_model.model."
@@ -609,3 +616,37 @@ def test_classifiers_and_encoders_round_trip(tmp_path):
         torch.testing.assert_close(logits(loaded), logits(model), **EXACT)
         assert any(isinstance(module, LoraLayer) for module in loaded.modules())
         assert loaded(input_ids=IDS).logits.dtype == torch.float64
+
+
+# --- the base's own tensors -----------------------------------------------------------------------
+
+
+def test_the_bases_tensors_by_the_names_that_they_had():
+    base = tiny.llama()
+    before = tiny.bits(base)
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    model = tiny.randomise(get_peft_model(base, config))
+    assert tiny.same_bits(lowrank.get_base_model_state_dict(model), before)
+    model.merge_adapter()
+    assert tiny.same_bits(lowrank.get_base_model_state_dict(model), before)
+    with pytest.raises(MergeError, match="unmerge_adapter"):
+        lowrank.set_base_model_state_dict(model, before)
+    model.unmerge_adapter()
+    other = {name: tensor + 1 for name, tensor in before.items()}
+    assert lowrank.set_base_model_state_dict(model, other) == ([], [])
+    assert tiny.same_bits(tiny.bits(model.unload()), other)
+
+
+def test_tensors_that_do_not_fit_the_base_change_nothing():
+    model = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"]))
+    tensors = lowrank.get_base_model_state_dict(model)
+    before = tiny.bits(model)
+    wrong = {**tensors, "lm_head.weight": torch.ones(2, 3)}
+    with pytest.raises(AdapterMismatchError, match=r"lm_head\.weight"):
+        lowrank.set_base_model_state_dict(model, wrong, strict=False)
+    fewer = {name: t + 1 for name, t in tensors.items() if name != "lm_head.weight"}
+    with pytest.raises(AdapterMismatchError, match="These tensors do not fit"):
+        lowrank.set_base_model_state_dict(model, {**fewer, "more": torch.ones(1)})
+    assert tiny.same_bits(tiny.bits(model), before)
+    result = lowrank.set_base_model_state_dict(model, {**fewer, "more": torch.ones(1)}, False)
+    assert result == (["lm_head.weight"], ["more"])

@@ -1,7 +1,9 @@
 """Adapters in a whole model: adding one, and `LoraModel`, which acts on all of its layers at once."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank import functional
 from lowrank.adapter_file import Adapter
+from lowrank.adapter_layers import LORA_KEY, PREFIX
 from lowrank.combine import combine
 from lowrank.config import LoraConfig
 from lowrank.errors import CombineError, ConfigError, RowsError, TargetError, did_you_mean
@@ -16,6 +19,7 @@ from lowrank.init import Init
 from lowrank.inject import check_name, eject, inject
 from lowrank.layer_replication import original_of, replicate, restore
 from lowrank.log import logger
+from lowrank.matching import pattern_value
 from lowrank.routing import BASE
 from lowrank.start_factors import as_plain_lora, start_factors
 from lowrank.state import adapter_keys, get_peft_model_state_dict, set_peft_model_state_dict
@@ -275,16 +279,52 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Adds an active adapter to `model` in place, without a wrapper around it; sets `model.peft_config`."""
+    """Adds an active adapter to `model` in place, without a wrapper around it; sets `model.peft_config`.
+
+    state_dict: tensors by the keys of an adapter's file. The layers that they name, and no others, get the
+    adapter, with the ranks of their shapes; the values are not loaded.
+    """
     if state_dict is not None:
-        raise ConfigError(
-            "inject_adapter_in_model(state_dict=…) is not supported yet; name the layers in target_modules."
-        )
+        peft_config = _as_in(state_dict, model, peft_config)
     config = add_to_model(model, peft_config, adapter_name, True, low_cpu_mem_usage)
     configs: dict[str, LoraConfig] = {**getattr(model, "peft_config", {}), adapter_name: config}
     model.peft_config = configs  # type: ignore[assignment]
     _activate(model, configs, [adapter_name], config.inference_mode)
     return model
+
+
+def _as_in(tensors: Mapping[str, Tensor], model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """`config` with the layers that an adapter's keys name as targets, and the ranks of their shapes."""
+    ranks = {}
+    for key, tensor in tensors.items():
+        match = LORA_KEY.fullmatch(key.removeprefix(PREFIX))
+        if match and match[2].endswith("_A"):
+            ranks[match[1].replace(".base_layer", "")] = tensor.shape[0]
+    if config.target_parameters:  # fused experts: what a layer's keys belong to is not in the keys
+        return config
+    if not ranks:
+        raise ConfigError(
+            f"state_dict has no lora_A or lora_embedding_A among its {len(tensors)} keys: {list(tensors)[:3]}."
+        )
+    try:
+        same = {target.path for target in plan(model, config)} == set(ranks)
+    except TargetError:
+        same = False
+    if not same:
+        config = replace(
+            config,
+            target_modules=list(ranks),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+    others = {
+        f"^{re.escape(path)}": r
+        for path, r in ranks.items()
+        if r != pattern_value(config.rank_pattern, path, config.r)
+    }
+    kept = {key: r for key, r in config.rank_pattern.items() if key not in others}
+    return replace(config, rank_pattern=others | kept)
 
 
 def prepare_model_for_kbit_training(

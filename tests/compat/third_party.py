@@ -33,9 +33,9 @@ def base():
     return tiny.llama(vocab=text.VOCABULARY, dtype=torch.float32)
 
 
-def filled(model):
+def filled(model, seed=5):
     """Every parameter that is trained gets numbers that depend on its name's place alone."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad:
@@ -133,6 +133,17 @@ def mixin(folder):
         "trainable": sum(p.numel() for p in other.parameters() if p.requires_grad),
         "said": said,
     }
+
+
+def switched(folder):
+    """Two adapters that each save the same module whole."""
+    model, seen = base(), {}
+    config = LoraConfig(**LORA, modules_to_save=["lm_head"])
+    for seed, name in enumerate(("first", "second")):
+        model.add_adapter(config, adapter_name=name)
+        seen[name] = logits(filled(model, seed))
+    model.set_adapter("first")
+    return {**seen, "first again": logits(model)}
 
 
 def whole(folder):
