@@ -323,6 +323,18 @@ def test_modules_saved_whole_and_convolutions(tmp_path):
         convert(written(tmp_path / "unet", UNET), tmp_path / "mlx2", "mlx")
 
 
+def test_trained_tokens_are_saved_whole_too(tmp_path):
+    adapter = made(LLAMA, trainable_token_indices=[3, 5], ensure_weight_tying=True)
+    name = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+    adapter.tensors[f"{PREFIX}{name}"] = torch.randn(2, 22)
+    write_adapter(tmp_path / "in", adapter)
+    with pytest.raises(ConvertError, match=rf"--drop saved.*{re.escape(name)}"):
+        convert(tmp_path / "in", tmp_path / "mlx", "mlx")
+    result = convert(tmp_path / "in", tmp_path / "mlx", "mlx", drop="saved")
+    assert result.dropped == {"saved": [f"{PREFIX}{name}"]}
+    assert_same(of_mlx(tmp_path / "mlx"), of_peft(tmp_path / "in"))
+
+
 def test_an_initialisation_that_is_taken_out_of_the_base(tmp_path):
     """ΔW = scaling·(B·A − B₀·A₀), as a plain LoRA of rank 2r; without A₀ and B₀ it is refused."""
     adapter = made(LLAMA, init_lora_weights="pissa", alpha_pattern={"v_proj": 1})

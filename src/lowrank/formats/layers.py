@@ -19,13 +19,12 @@ KINDS = {
     "lora_bias": "biases of the adapter (lora_bias)",
     "embeddings": "adapters of embeddings",
     "convolutions": "adapters of convolutions",
-    "saved": "tensors saved whole (modules_to_save, bias)",
+    "saved": "tensors saved whole (modules_to_save, bias, trainable_token_indices)",
     "unknown": "tensors that are none of the format's",
 }
 # fields that change what the tensors mean -> the value that does not
 _MEANING: dict[str, Any] = {
     "target_parameters": None,
-    "trainable_token_indices": None,
     "alora_invocation_tokens": None,
     "layer_replication": None,
     "use_qalora": False,
@@ -157,6 +156,7 @@ def without(adapter: Adapter, drop: frozenset[str]) -> tuple[Adapter, dict[str, 
         fields["lora_bias"] = False
     if "saved" in gone:
         fields |= {"modules_to_save": None, "bias": "none"}
+        fields |= {"trainable_token_indices": None, "ensure_weight_tying": False}
     values = {**vars(adapter.config), **fields}
     config = LoraConfig(**values) if fields else adapter.config
     tensors = {key: tensor for key, tensor in adapter.tensors.items() if key not in lost}
