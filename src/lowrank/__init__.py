@@ -18,6 +18,7 @@ _PUBLIC = {
     "AutoPeftModelForSequenceClassification": "auto",
     "AutoPeftModelForTokenClassification": "auto",
     "Lora": "lora",
+    "LoftQConfig": "config",
     "LoraConfig": "config",
     "LoraLayer": "layer",
     "LoraModel": "lora_model",
@@ -76,7 +77,14 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from lowrank.compat.names import get_peft_config
-    from lowrank.config import LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
+    from lowrank.config import (
+        LoftQConfig,
+        LoraConfig,
+        LoraRuntimeConfig,
+        PeftConfig,
+        PeftType,
+        TaskType,
+    )
     from lowrank.errors import LowrankError
     from lowrank.formats import convert
     from lowrank.functional import cast_mixed_precision_params

@@ -91,14 +91,13 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
 _PISSA_NITER = re.compile(r"pissa_niter_\d+")
-_DATA_INITIALISATIONS = ("loftq", "eva", "corda", "lora_ga", "mica")
+_DATA_INITIALISATIONS = ("eva", "corda", "lora_ga", "mica")
 
 # field -> why a value other than its default is refused
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA is not supported yet",
-    "loftq_config": "the LoftQ initialisation is not supported yet",
     "eva_config": "the EVA initialisation is not supported yet",
     "corda_config": "the CorDA initialisation is not supported yet",
     "lora_ga_config": "the LoRA-GA initialisation is not supported yet",
@@ -119,6 +118,14 @@ class LoraRuntimeConfig:
     """Settings of the running process that are not saved with an adapter."""
 
     ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoftQConfig:
+    """How LoftQ quantises: to 4 bits (NF4), 2 (NF2) or 8 (integers), in so many turns with the SVD."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
 
 
 @dataclass(kw_only=False)
@@ -300,7 +307,15 @@ class LoraConfig(PeftConfig):
             setattr(self, name, list(dict.fromkeys(value)))
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(self.loftq_config)
         self.loftq_config = self.loftq_config or {}
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            warnings.warn(
+                f'loftq_config does nothing without init_lora_weights="loftq" (it is {self.init_lora_weights!r}).',
+                stacklevel=3,
+            )
+            self.loftq_config = {}
         self.layers_pattern = (
             self.layers_pattern or None
         )  # [] of older files; PEFT refuses it beside a string
@@ -316,7 +331,6 @@ class LoraConfig(PeftConfig):
         """Everything that is wrong with the values, a sentence each; empty if nothing is."""
         found = []
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        defaults["loftq_config"] = {}  # the only one of them that is made by a factory
         for name, why in _REFUSED.items():
             if getattr(self, name) not in (defaults[name], None):
                 found.append(f"{name}={getattr(self, name)!r}: {why}.")
@@ -404,10 +418,14 @@ class LoraConfig(PeftConfig):
 
     def _initialisation_problems(self) -> list[str]:
         init = self.init_lora_weights
-        if isinstance(init, str) and (init.startswith("pissa") or init in ("corda", "lora_ga")):
+        if isinstance(init, str) and (
+            init.startswith("pissa") or init in ("loftq", "corda", "lora_ga")
+        ):
             alphas = [self.lora_alpha, *self.alpha_pattern.values()]
             if any(isinstance(alpha, int | float) and alpha <= 0 for alpha in alphas):
                 return [f"init_lora_weights={init!r} divides by lora_alpha, which must be above 0."]
+        if init == "loftq":
+            return self._loftq_problems()
         if isinstance(init, bool) or init in _INITIALISATIONS:
             return []
         if isinstance(init, str) and _PISSA_NITER.fullmatch(init):
@@ -422,6 +440,24 @@ class LoraConfig(PeftConfig):
         if isinstance(init, str) and init.startswith(_DATA_INITIALISATIONS):
             return [f"init_lora_weights={init!r} is not supported yet; use {allowed}."]
         return [f"init_lora_weights={init!r} must be {allowed}.{did_you_mean(str(init), names)}"]
+
+    def _loftq_problems(self) -> list[str]:
+        values: Any = self.loftq_config
+        if not values or not isinstance(values, Mapping):
+            return ['init_lora_weights="loftq" needs loftq_config=LoftQConfig(…).']
+        found = []
+        known = {f.name: f.default for f in dataclasses.fields(LoftQConfig)}
+        for key in values:
+            if key not in known:
+                found.append(f"loftq_config has no field {key!r}.{did_you_mean(key, known)}")
+        values = {**known, **values}
+        if values["loftq_bits"] not in (2, 4, 8):
+            found.append(f"loftq_bits={values['loftq_bits']!r} must be 2, 4 or 8.")
+        if type(values["loftq_iter"]) is not int or values["loftq_iter"] < 1:
+            found.append(
+                f"loftq_iter={values['loftq_iter']!r} must be a whole number of at least 1."
+            )
+        return found
 
 
 def _are_names(value: Any) -> bool:

@@ -257,6 +257,11 @@ def _taken_out(
     if init == "olora":
         Q, R = torch.linalg.qr(W)
         return scaling * Q[:, :r] @ R[:r]
+    if init == "loftq":
+        raise AdapterMismatchError(
+            f"{path}: an adapter started with LoftQ stands on a quantised base, which this base is not. Save that "
+            "base, and the adapter with init_lora_weights=True for it; or load it here and merge_and_unload()."
+        )
     if isinstance(init, str) and (init.startswith("pissa") or init in ("corda", "lora_ga")):
         raise AdapterMismatchError(
             f"{path}: what init_lora_weights={init!r} took out of the base is not known: the adapter's folder "

@@ -24,7 +24,7 @@ def inject(
     targets: list[Target],
     name: str,
     *,
-    init: bool | str = True,
+    init: bool | str | Init = True,
     inits: Mapping[str, Init] | None = None,
     saved: Sequence[str] = (),
     tied: Sequence[str] = (),
@@ -35,7 +35,7 @@ def inject(
 ) -> None:
     """Adds the adapter `name` to the targets of `model`, and freezes everything else.
 
-    init: a value of `init_lora_weights`. inits: for the targets at these paths another function, with what it
+    init: a value of `init_lora_weights`, or a function. inits: for the targets at these paths another function, with what it
     needs bound to it (the statistics of a layer, the factors of a file).
     saved: paths of modules trained and saved whole; tied: those of them whose copies share one weight.
     tokens: embeddings of which some rows are trained. bias: "none", "lora_only" or "all", the biases of the
@@ -60,7 +60,7 @@ def inject(
     for follower in copies[1:]:
         follower.weight = copies[0].weight
     for i, target in enumerate(targets):
-        if taken_out(init) and target.path not in (inits or {}) and not meta:
+        if not callable(init) and taken_out(init) and target.path not in (inits or {}):
             logger.info("%s: %d of %d, %s", init, i + 1, len(targets), target.path)
         place = _find(model, target.module_path)
         make_layer = partial(LoraLayer, kind=target.kind, routing=routing)

@@ -98,6 +98,9 @@ class LoraLayer(nn.Module):
         self._disabled = False
         self._initial_scaling: dict[str, float] = {}
         self._unmerged: Any = None  # snapshot of the weight and bias while something is merged
+        # the weight that is not in its place now: the original under LoftQ's quantised one, or, while the
+        # adapters are disabled, the quantised one
+        self._set_aside: tuple[Any, ...] = ()
         self._merge_again: list[str] = []  # what was merged when the adapters were disabled
 
     def __getattr__(self, name: str) -> Any:
@@ -188,8 +191,12 @@ class LoraLayer(nn.Module):
         self.use_dora[name], self.lora_bias[name] = use_dora, lora_bias
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.train(self.base_layer.training)
+        if start.base is not None and weight.device.type != "meta":
+            store = self.kind.store(self.get_base_layer())
+            self._set_aside = (store.snapshot(),)
+            store.write(start.base)
         if start.taken_out:
-            self.set_start(name, start.A.to(dtype), start.B.to(dtype))
+            self._set_start(name, start)
         if use_dora:
             magnitude = torch.empty(shape[0], device=device, dtype=dtype)
             if device.type != "meta":
@@ -246,6 +253,8 @@ class LoraLayer(nn.Module):
         ):
             del values[name]
         self._active = [active for active in self._active if active != name]
+        if not self.r:
+            self.restore_original()
 
     @property
     def adapters(self) -> list[str]:
@@ -298,15 +307,28 @@ class LoraLayer(nn.Module):
         starts = (self.lora_start_A.get_buffer(name), self.lora_start_B.get_buffer(name))
         return dict(zip(self.adapter_parameters(name), starts, strict=False))
 
+    def original_weight(self) -> Tensor:
+        """W (out, in) as it was before any adapter, LoftQ's quantisation included."""
+        if self._set_aside and not self._disabled:
+            return self.kind.store(self.get_base_layer()).read_snapshot(self._set_aside[0])
+        return (
+            self.kind.store(self.get_base_layer()).read()
+            if self._set_aside
+            else self.unmerged_weight()
+        )
+
     def restart(self, name: str, init: bool | str | Init) -> None:
         """Puts the adapter's start, not the adapter, to what `init` gives for this layer's W."""
-        start = self._start(init, self.r[name], self._initial_scaling[name])
-        self.set_start(name, start.A, start.B)
+        self._set_start(name, self._start(init, self.r[name], self._initial_scaling[name]))
+
+    def _set_start(self, name: str, start: Start) -> None:
+        layout = self.kind.layout
+        self.set_start(name, layout.A_saved(start.A), layout.B_saved(start.B))
 
     def set_start(self, name: str, A: Tensor | None, B: Tensor | None) -> None:
         """Makes A and B the factors that the adapter started from; None: nothing is taken out of W.
 
-        Of any shape with the right number of entries; copied. Raises ShapeError for another number.
+        In the order in which they are saved; copied. Raises ShapeError for another number of entries.
         """
         holders = (self.lora_start_A, self.lora_start_B)
         for holder, tensor, parameter in zip(holders, (A, B), self._factors(name), strict=True):
@@ -318,7 +340,8 @@ class LoraLayer(nn.Module):
                     f"A start of shape {tuple(tensor.shape)} does not fit a factor of {tuple(parameter.shape)}."
                 )
             device = self.unmerged_weight().device
-            value = tensor.detach().to(device, parameter.dtype, copy=True).view(parameter.shape)
+            value = tensor.detach().to(device, parameter.dtype, copy=True)
+            value = value.reshape(parameter.shape)
             holder.register_buffer(name, value)
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
@@ -383,12 +406,27 @@ class LoraLayer(nn.Module):
             return
         self._disabled = not enabled
         if enabled:
+            self._exchange()
             names, self._merge_again = self._merge_again, []
             self.merge(adapter_names=names)
         else:
             names = list(self.merged_adapters)
             self.unmerge()
             self._merge_again = names
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Puts the weight that was set aside, if any, in the place of the other."""
+        if self._set_aside:
+            store = self.kind.store(self.get_base_layer())
+            (saved,), self._set_aside = self._set_aside, (store.snapshot(),)
+            store.restore(saved)
+
+    def restore_original(self) -> None:
+        """Lets go of a quantised weight (LoftQ) for the one that it was made from. Nothing may be merged."""
+        if self._set_aside and not self._disabled:
+            self._exchange()
+        self._set_aside = ()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """`scale` times the adapter's own scaling."""
@@ -571,7 +609,7 @@ class LoraLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraLayer":
         """`.to()` and the like also take along what `unmerge` will put back."""
         super()._apply(fn, recurse)
-        for saved in self._unmerged or ():
+        for saved in (*(self._unmerged or ()), *self._set_aside):
             if isinstance(saved, nn.Parameter):
                 saved.data = fn(saved.data)
         for name, scaling in self.scaling.items():
@@ -581,7 +619,7 @@ class LoraLayer(nn.Module):
 
     def forget_unmerged(self) -> None:
         """Makes what is merged final: the unmerged weight is let go, and `unmerge` does nothing."""
-        self._unmerged = None
+        self._unmerged, self._set_aside = None, ()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base weight, in that weight's own shape; float32."""
@@ -611,6 +649,8 @@ class LoraLayer(nn.Module):
         return found
 
     def unmerged_weight(self) -> Tensor:
-        """W (out, in) without any adapter in it."""
+        """W (out, in) without any adapter in it; under LoftQ the quantised one, on which its adapter stands."""
         store = self.kind.store(self.get_base_layer())
+        if self._disabled and self._set_aside:
+            return store.read_snapshot(self._set_aside[0])
         return store.read() if self._unmerged is None else store.read_snapshot(self._unmerged[0])

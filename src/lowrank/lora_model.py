@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,16 @@ from lowrank import functional
 from lowrank.adapter_file import Adapter
 from lowrank.adapter_layers import LORA_KEY, PREFIX
 from lowrank.combine import combine
-from lowrank.config import LoraConfig
-from lowrank.errors import CombineError, ConfigError, RowsError, TargetError, did_you_mean
-from lowrank.init import Init
+from lowrank.config import LoftQConfig, LoraConfig
+from lowrank.errors import (
+    AdapterNameError,
+    CombineError,
+    ConfigError,
+    RowsError,
+    TargetError,
+    did_you_mean,
+)
+from lowrank.init import Init, loftq
 from lowrank.inject import check_name, eject, inject
 from lowrank.layer_replication import original_of, replicate, restore
 from lowrank.log import logger
@@ -235,9 +243,9 @@ class LoraModel(nn.Module):
         self.check_known(adapter_names or [])
         return unload(self.model, merge=True, adapter_names=adapter_names, keep_base=safe_merge)
 
-    def unload(self) -> nn.Module:
-        """The base model as it was, without adapters."""
-        return unload(self.model, merge=False)
+    def unload(self, keep_quantised: bool = False) -> nn.Module:
+        """The base model as it was, without adapters; or with the weights that LoftQ quantised, to be saved."""
+        return unload(self.model, merge=False, keep_quantised=keep_quantised)
 
     def check_known(self, names: Sequence[str]) -> None:
         functional.check_known(names, self.peft_config)
@@ -420,7 +428,7 @@ def _add(
         model,
         targets,
         name,
-        init=config.init_lora_weights,
+        init=_initialisation(model, config),
         inits=inits,
         saved=saved,
         tied=tied_saved_modules(model, config, saved),
@@ -430,6 +438,19 @@ def _add(
         meta=meta,
     )
     return config
+
+
+def _initialisation(model: nn.Module, config: LoraConfig) -> bool | str | Init:
+    """What `init_lora_weights` means, with its options bound to it."""
+    if config.init_lora_weights != "loftq":
+        return config.init_lora_weights
+    there = adapter_names(model)
+    if there:
+        raise AdapterNameError(
+            f'init_lora_weights="loftq" quantises the base, on which {there} stand: it must be the first adapter.'
+        )
+    options = LoftQConfig(**config.loftq_config)
+    return partial(loftq, bits=options.loftq_bits, iterations=options.loftq_iter)
 
 
 def _activate(

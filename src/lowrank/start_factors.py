@@ -102,6 +102,12 @@ def replace_start(
 def start_problems(adapter: Adapter, name: str) -> list[str]:
     """Why the adapter's ΔW is not known without its base, a sentence; empty if it is."""
     init = adapter.config.init_lora_weights
+    if init == "loftq":
+        return [
+            f'{name} was started with init_lora_weights="loftq" and stands on a quantised base, a change of full '
+            "rank that no LoRA for the untouched base can hold. merge_and_unload() it, or save that base "
+            "(unload(keep_quantised=True)) and the adapter with init_lora_weights=True for it."
+        ]
     lacking = sorted(_by_path(adapter.tensors).keys() - _by_path(adapter.start).keys())
     if not lacking or not (adapter.start or taken_out(init)):
         return []
@@ -119,7 +125,8 @@ def as_plain_lora(adapter: Adapter) -> Adapter:
     Raises AdapterFileError if the start was taken out of W and is not known.
     """
     config = adapter.config
-    if not adapter.start and not taken_out(config.init_lora_weights):
+    init = config.init_lora_weights
+    if not adapter.start and not taken_out(init) and init != "loftq":
         return adapter
     problems = start_problems(adapter, "The adapter")
     if problems:

@@ -16,6 +16,7 @@ from lowrank.bases.kinds import (
     kind_of,
     kind_of_parameter,
 )
+from lowrank.bases.ops import LINEAR
 from lowrank.config import TASK_HEADS, LoraConfig
 from lowrank.errors import TargetError, listed
 from lowrank.init import taken_out
@@ -218,6 +219,10 @@ def _target(
     lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
     out, in_ = kind.shape(module)
     reasons = [reason for applies, reason in _REFUSALS if applies(kind, module, config, r)]
+    if config.init_lora_weights == "loftq" and _is_shared(module, kind, modules):
+        reasons.append(
+            "its weight is another module's too, which quantising would untie; leave it out."
+        )
     bypassed = listed_under(BYPASSED, model, modules, module_path)
     if bypassed:
         reasons.append(
@@ -314,13 +319,26 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
     ),
     (
         lambda kind, module, config, r: (
-            taken_out(config.init_lora_weights)
+            (taken_out(config.init_lora_weights) or config.init_lora_weights == "loftq")
             and r > min(kind.shape(module))
             and not is_bare(kind)
         ),
         "init_lora_weights takes r directions out of the weight, which has fewer: lower r for it (rank_pattern), or leave it out.",
     ),
+    (
+        lambda kind, module, config, r: (
+            config.init_lora_weights == "loftq"
+            and (kind.op is not LINEAR or kind.layout is EMBEDDING)
+        ),
+        'init_lora_weights="loftq" quantises linear layers, as 4-bit loading does; leave it out, or start it another way.',
+    ),
 ]
+
+
+def _is_shared(module: nn.Module, kind: Kind, modules: dict[str, nn.Module]) -> bool:
+    weight = module._parameters[kind.weight]
+    others = (other for other in modules.values() if other is not module)
+    return any(weight is parameter for other in others for parameter in other._parameters.values())
 
 
 def _why_no_kind(module: nn.Module, parameter: str | None = None) -> str:

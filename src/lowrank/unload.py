@@ -14,7 +14,7 @@ from lowrank.layer import LoraLayer
 from lowrank.layer_replication import keep, restore
 from lowrank.saved_module import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from lowrank.trainable_tokens import TrainableTokensWrapper
-from lowrank.wrappers import inner, mergeable, wrappers
+from lowrank.wrappers import inner, lora_layers, mergeable, wrappers
 
 
 def merge_all(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
@@ -48,6 +48,7 @@ def unload(
     merge: bool,
     adapter_names: Sequence[str] | None = None,
     keep_base: bool = False,
+    keep_quantised: bool = False,
 ) -> nn.Module:
     """`model` without adapters: with them merged into its weights, or as the base was.
 
@@ -55,6 +56,7 @@ def unload(
     keep_base: hold every unmerged weight until all layers are merged, so that a failure leaves the base
     untouched; else each is let go as its layer is done, and only what can be seen in the adapters'
     tensors is checked first.
+    keep_quantised: without a merge, leave the weights that LoftQ quantised; else the originals come back.
     Layers stacked by layer_replication stay so with merge, each with tensors of its own; else the original ones
     come back. Where the input and output embeddings were tied and now differ, config.tie_word_embeddings is set to
     False. Raises MergeError if the architecture computes something else without the tie.
@@ -71,6 +73,8 @@ def unload(
             _merge_for_good(model, names)
     else:
         unmerge_all(model)
+        for _, layer in () if keep_quantised else lora_layers(model):
+            layer.restore_original()
     eject(model, copies_of=names if merge else ())
     keep(model) if merge else restore(model)
     if tied and not _tied_pair(model):
@@ -149,8 +153,12 @@ def _originals_running(model: nn.Module) -> Iterator[None]:
 
 
 def _storage(module: Any) -> int:
-    has_unmerged = isinstance(module, LoraLayer | TrainableTokensWrapper)
-    weight: Any = module.unmerged_weight() if has_unmerged else inner(module).weight
+    if isinstance(module, LoraLayer):
+        weight: Any = module.original_weight()
+    elif isinstance(module, TrainableTokensWrapper):
+        weight = module.unmerged_weight()
+    else:
+        weight = inner(module).weight
     return weight.untyped_storage().data_ptr()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.init.start import Init, Start
-from lowrank.init.weight import olora, pissa
+from lowrank.init.weight import loftq, olora, pissa
 
 __all__ = [
     "EMBEDDING_INITS",
@@ -23,6 +23,7 @@ __all__ = [
     "Start",
     "computed_again",
     "init_named",
+    "loftq",
     "of_experts",
     "taken_out",
 ]
@@ -101,6 +102,7 @@ INITS: dict[bool | str, Init] = {
     "orthogonal": orthogonal,
     "pissa": pissa,
     "olora": olora,
+    "loftq": loftq,
 }
 
 # An embedding's zero factor is A: it is a table with a row for each token, and B is shared by all.

@@ -11,11 +11,13 @@ class Start(NamedTuple):
 
     taken_out: scaling·B·A is taken out of W, so that the model starts as its base: training then moves the
     adapter from this start, ΔW = scaling·(B·A − B₀·A₀).
+    base: a weight that takes W's place while the adapter is there, in W's dtype.
     """
 
     A: Tensor  # (r, in)
     B: Tensor  # (out, r)
     taken_out: bool = False
+    base: Tensor | None = None  # (out, in)
 
 
 # `read` gives W (out, in) when it is called; the shape (out, in); r; the scaling. What else an

@@ -1,4 +1,4 @@
-"""Initialisations that look at W: PiSSA and OLoRA. Each takes its start out of W."""
+"""Initialisations that look at W: PiSSA and OLoRA take their start out of it, LoftQ puts a quantised one in its place."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank.init.start import Start
+from lowrank.kernels.quantisation import rounded
 
 _OVERSAMPLING = 8  # columns beyond r that a randomised SVD works with: Halko et al. 2011, §4.2
 
@@ -43,6 +44,31 @@ def olora(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: f
     Q, R = torch.linalg.qr(_wide(read()))
     A, B = R[:r], Q[:, :r]
     return Start(A.contiguous(), B.contiguous(), taken_out=True)
+
+
+def loftq(
+    read: Callable[[], Tensor],
+    shape: tuple[int, int],
+    r: int,
+    scaling: float,
+    bits: int = 4,
+    iterations: int = 1,
+) -> Start:
+    """A quantised base Q and the adapter that is nearest to what it lost: Q + s·B·A ≈ W.
+
+    In turns Q = q(W − s·B·A), from B·A = 0, and s·B·A = the best approximation of W − Q with rank r (Li et al.
+    2023, Algorithm 1, there with s = 1). Q is rounded to W's dtype, and the adapter makes up for that too.
+    bits: what q rounds to, see `quantisation.rounded`.
+    """
+    stored = read().detach()
+    W = _wide(stored)
+    correction = torch.zeros_like(W)
+    for _ in range(iterations):
+        Q = rounded(W - correction, bits).to(stored.dtype)
+        U, S, Vh = svd(W - Q.to(W.dtype), r)
+        correction = (U * S) @ Vh
+    root = (S / scaling).sqrt()
+    return Start((root[:, None] * Vh).contiguous(), (U * root).contiguous(), base=Q)
 
 
 def svd(M: Tensor, r: int) -> SVD:

@@ -1,4 +1,4 @@
-from lowrank import LoraConfig, LoraModel, LoraRuntimeConfig
+from lowrank import LoftQConfig, LoraConfig, LoraModel, LoraRuntimeConfig
 from lowrank.compat.absent import *  # noqa: F403
 
-__all__ = ["LoraConfig", "LoraModel", "LoraRuntimeConfig"]
+__all__ = ["LoftQConfig", "LoraConfig", "LoraModel", "LoraRuntimeConfig"]

@@ -1,3 +1,3 @@
-from lowrank import LoraConfig, LoraLayer, LoraModel, LoraRuntimeConfig
+from lowrank import LoftQConfig, LoraConfig, LoraLayer, LoraModel, LoraRuntimeConfig
 
-__all__ = ["LoraConfig", "LoraLayer", "LoraModel", "LoraRuntimeConfig"]
+__all__ = ["LoftQConfig", "LoraConfig", "LoraLayer", "LoraModel", "LoraRuntimeConfig"]

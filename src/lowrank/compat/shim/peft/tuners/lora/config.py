@@ -1,3 +1,3 @@
-from lowrank import LoraConfig, LoraRuntimeConfig
+from lowrank import LoftQConfig, LoraConfig, LoraRuntimeConfig
 
-__all__ = ["LoraConfig", "LoraRuntimeConfig"]
+__all__ = ["LoftQConfig", "LoraConfig", "LoraRuntimeConfig"]
