@@ -31,7 +31,7 @@ ROWS: list[tuple[int, str]] = [
     (3, "wrappers"),
     (3, "matching"),
     (3, "token_rows"),
-    (3, "targets"),
+    (3, "targets fused_experts"),
     (3, "peft_linear"),
     (4, "inject state fingerprint expected peft_speedup"),
     (4, "start_factors"),

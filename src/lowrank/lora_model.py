@@ -23,6 +23,7 @@ from lowrank.errors import (
     TargetError,
     did_you_mean,
 )
+from lowrank.fused_experts import for_fused_experts
 from lowrank.init import Init, loftq
 from lowrank.inject import check_name, eject, inject
 from lowrank.layer_replication import original_of, replicate, restore
@@ -420,6 +421,7 @@ def _add(
     meta: bool,
     inits: Mapping[str, Init] | None,
 ) -> LoraConfig:
+    config = for_fused_experts(model, config)
     targets = plan(model, config)
     saved = saved_modules(model, config)
     tokens = trained_rows(model, config)

@@ -92,7 +92,7 @@ def _parameters_by_name(
 ) -> list[str]:
     """The paths of the parameters that target_parameters names."""
     for name in names:
-        paths = [path for path in parameters if _is_or_ends(path, name)]
+        paths = [path for path in parameters if is_or_ends(path, name)]
         if any(parameters[path][0] in candidates for path in paths):
             continue
         if paths:
@@ -100,7 +100,7 @@ def _parameters_by_name(
                 f"target_parameters: {name!r} is in modules_to_save; a parameter is either adapted or saved whole."
             )
             continue
-        owner = next((path for path in modules if _is_or_ends(path, name)), None)
+        owner = next((path for path in modules if is_or_ends(path, name)), None)
         if owner is not None:
             own = ", ".join(modules[owner]._parameters) or "none of its own"
             problems.append(
@@ -113,7 +113,7 @@ def _parameters_by_name(
     return [
         path
         for path, (module, _) in parameters.items()
-        if module in candidates and any(_is_or_ends(path, name) for name in names)
+        if module in candidates and any(is_or_ends(path, name) for name in names)
     ]
 
 
@@ -144,15 +144,15 @@ def _near_parameters(
 def _by_name(
     modules: dict[str, nn.Module], candidates: list[str], names: list[str], problems: list[str]
 ) -> list[str]:
-    unmatched = [name for name in names if not any(_is_or_ends(path, name) for path in candidates)]
+    unmatched = [name for name in names if not any(is_or_ends(path, name) for path in candidates)]
     endings = _adaptable_endings(modules)
     for name in unmatched:
-        if any(_is_or_ends(path, name) for path in modules):
+        if any(is_or_ends(path, name) for path in modules):
             problems.append(
                 f"target_modules: {name!r} is in modules_to_save too; a module is either adapted or saved whole."
             )
             continue
-        if any(_is_or_ends(path, name) for path in parameters_of(modules)):
+        if any(is_or_ends(path, name) for path in parameters_of(modules)):
             problems.append(
                 f"target_modules: {name!r} is a parameter, no module; name it in target_parameters."
             )
@@ -160,7 +160,7 @@ def _by_name(
         close = nearest(name.rpartition(".")[2], endings)
         hint = f"nearest: {', '.join(close)}" if close else _endings(modules)
         problems.append(f"target_modules: {name!r} matches no module; {hint}")
-    return [path for path in candidates if any(_is_or_ends(path, name) for name in names)]
+    return [path for path in candidates if any(is_or_ends(path, name) for name in names)]
 
 
 def _in_layers(
@@ -221,10 +221,10 @@ def _without_excluded(
                 f"exclude_modules={exclude!r} is a regular expression that no whole path matches."
             )
     else:
-        excluded = {path for path in every if any(_is_or_ends(path, name) for name in exclude)}
+        excluded = {path for path in every if any(is_or_ends(path, name) for name in exclude)}
         endings = {path.rpartition(".")[2] for path in modules}
         for name in exclude:
-            if not any(_is_or_ends(path, name) for path in every):
+            if not any(is_or_ends(path, name) for path in every):
                 problems.append(
                     f"exclude_modules: {name!r} matches no module.{did_you_mean(name, endings)}"
                 )
@@ -265,7 +265,7 @@ def default_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> l
     known = DEFAULT_TARGETS.get(_model_type(model), ())
     if isinstance(known, str):
         return known
-    there = [name for name in known if any(_is_or_ends(path, name) for path in modules)]
+    there = [name for name in known if any(is_or_ends(path, name) for path in modules)]
     if there or config.target_parameters:  # as PEFT, which then adapts the parameters alone
         return there
     linear = _all_linear(model, modules, _outside(modules, saved), config)
@@ -430,7 +430,7 @@ def input_embedding(model: Any, modules: Mapping[str, nn.Module]) -> str | None:
 # --- names ----------------------------------------------------------------------------------------
 
 
-def _is_or_ends(path: str, name: str) -> bool:
+def is_or_ends(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
@@ -455,10 +455,10 @@ def _fullmatch(pattern: str, path: str, what: str, problems: list[str]) -> bool:
 
 def pattern_value(pattern: dict, path: str, default):
     """The value of the first key that is the path, a suffix of it, or a regular expression for one."""
-    return next((value for key, value in pattern.items() if _key_matches(key, path)), default)
+    return next((value for key, value in pattern.items() if key_matches(key, path)), default)
 
 
-def _key_matches(key: str, path: str) -> bool:
+def key_matches(key: str, path: str) -> bool:
     try:
         return re.match(rf"(.*\.)?({key})$", path) is not None
     except re.error:  # which pattern_problems tells
@@ -472,7 +472,7 @@ def pattern_problems(config: LoraConfig, wanted: list[str]) -> list[str]:
             broken = _broken(key)
             if broken:
                 problems.append(f"{what}: {key!r} is not a regular expression: {broken}.")
-            elif wanted and not any(_key_matches(key, path) for path in wanted):
+            elif wanted and not any(key_matches(key, path) for path in wanted):
                 endings = {path.rpartition(".")[2] for path in wanted}
                 problems.append(
                     f"{what}: {key!r} matches none of the targeted modules.{did_you_mean(key, endings)}"

@@ -25,6 +25,7 @@ from lowrank.errors import (
     RowsError,
 )
 from lowrank.fingerprint import check_base
+from lowrank.fused_experts import for_fused_tensors
 from lowrank.init import Init
 from lowrank.inject import eject
 from lowrank.lora_model import (
@@ -453,7 +454,8 @@ class PeftModel(nn.Module):
         """Loads tensors into an adapter that is there; metadata: to check the base against, None for no check."""
         if metadata is not None:
             check_base(self, adapter_name, metadata.get("base"), tensors, where)
-        result = set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
+        fitting = for_fused_tensors(self.get_base_model(), tensors)
+        result = set_peft_model_state_dict(self, fitting, adapter_name, strict=strict)
         if adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapter, inference_mode=not is_trainable)
         if not is_trainable:

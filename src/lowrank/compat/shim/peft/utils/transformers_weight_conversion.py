@@ -1,3 +1,3 @@
-from lowrank.compat.weight_conversion import build_peft_weight_mapping
+from lowrank.fused_experts import build_peft_weight_mapping
 
 __all__ = ["build_peft_weight_mapping"]
