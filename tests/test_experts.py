@@ -20,6 +20,7 @@ from lowrank.errors import (
     TargetError,
 )
 from lowrank.expected import changes, loss, transposed_weights
+from lowrank.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from lowrank.layer import LoraLayer
 from lowrank.merge import merge_to_folder
 from lowrank.state import get_peft_model_state_dict
@@ -257,6 +258,23 @@ def test_save_and_load(tmp_path):
     again.load_adapter(tmp_path, "default")
     again.set_adapter("default")
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("room", [None, 6])
+def test_swapped_in_place(room, tmp_path):
+    base = tiny.gpt_oss()
+    other = adapted(base, seed=5, r=4, rank_pattern={"experts.down_proj": 2})
+    other.save_pretrained(tmp_path)
+    model = adapted(base)
+    if room:
+        prepare_model_for_compiled_hotswap(model, target_rank=room)
+        truth = by_hand(base, get_peft_model_state_dict(model))
+        torch.testing.assert_close(logits(model), truth, rtol=0, atol=1e-12)
+    hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(logits(model), logits(other), rtol=0, atol=1e-12)
+    mine, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def test_another_base_is_noticed(tmp_path):

@@ -50,12 +50,8 @@ def old_file(name, folder, r=2, alpha=3, seed=4, leave_out=(), **fields):
                 rank = fields.get("rank_pattern", {}).get(n, r)
                 add(f"model.layers.{layer}.{old}.experts.{e}.{n}", out, in_, rank)
     if name == "qwen3_moe":  # layer 0 is an ordinary MLP with layers of the same names
-        for n, (out, in_) in {
-            "gate_proj": (28, 24),
-            "up_proj": (28, 24),
-            "down_proj": (24, 28),
-        }.items():
-            add(f"model.layers.0.mlp.{n}", out, in_)
+        for n in shapes:
+            add(f"model.layers.0.mlp.{n}", *((24, 28) if n == "down_proj" else (28, 24)))
     for layer in (0, 1):
         add(f"model.layers.{layer}.self_attn.q_proj", 24, 24)
     folder.mkdir(exist_ok=True)

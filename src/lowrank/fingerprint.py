@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.bases.kinds import is_bare
 from lowrank.errors import BaseMismatchError
 from lowrank.log import logger
-from lowrank.wrappers import lora_chains
+from lowrank.wrappers import lora_chains, target_path
 
 ENTRIES = 32
 NO_FINGERPRINT = "%s carries no fingerprint of its base model, so the base could not be checked."
@@ -34,8 +33,10 @@ def fingerprint(model: nn.Module, adapter_name: str) -> dict[str, Any]:
             W = layer.unmerged_weight()
             if W.device.type == "meta":
                 return {}
-            key = _base_path(path) + (f".{layer.kind.weight}" if is_bare(layer.kind) else "")
-            weights[key] = {"shape": list(W.shape), "sample": _encode(_sample(W))}
+            weights[target_path(path, layer)] = {
+                "shape": list(W.shape),
+                "sample": _encode(_sample(W)),
+            }
     base = _base(model)
     return {
         "architecture": type(base).__name__,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapter_file import read_tensors
-from lowrank.bases.kinds import EXPERTS
 from lowrank.config import LoraConfig, PeftConfig
 from lowrank.errors import AdapterNameError, HotswapError, did_you_mean, listed
 from lowrank.fingerprint import check_base as check_fingerprint
@@ -18,7 +17,7 @@ from lowrank.layer import LoraLayer, with_rank
 from lowrank.lora import initial_magnitude, scaling_for
 from lowrank.matching import pattern_value
 from lowrank.state import adapter_keys
-from lowrank.wrappers import lora_layers, wrappers
+from lowrank.wrappers import lora_layers, target_path, wrappers
 
 # what both adapters must agree on; everything else in a configuration comes with the swap
 _SAME = (
@@ -210,16 +209,14 @@ def _fitted(
 def _at_layer(
     path: str, layer: LoraLayer, tensors: dict[str, Tensor], adapter_name: str, config: LoraConfig
 ) -> tuple[_Swap, list[str]]:
-    base_path = _plain(path).removeprefix("base_model.model.").replace(".base_layer.", ".")
+    base_path = target_path(_plain(path), layer)
     r = pattern_value(config.rank_pattern, base_path, config.r)
     alpha = pattern_value(config.alpha_pattern, base_path, config.lora_alpha)
     swap = _Swap(layer, tensors, r, alpha, config.use_rslora)
-    if layer.kind.layout is EXPERTS:
-        return swap, [f"{path}: adapters of fused experts cannot be swapped in place."]
     here = layer.adapter_parameters(adapter_name)
     problems = [f"{path}.{name} is missing." for name in here if tensors and name not in tensors]
     for name, tensor in tensors.items():
-        expected = with_rank(name, here[name], r).shape
+        expected = with_rank(name, here[name], r, layer.experts).shape
         if tensor.shape != expected:
             problems.append(_shapes(f"{path}.{name}", tensor.shape, expected, r))
     if layer.start_factors(adapter_name):
@@ -242,7 +239,7 @@ def _put(swap: _Swap, adapter_name: str) -> None:
     _resize(layer, adapter_name, room)
     for name, parameter in layer.adapter_parameters(adapter_name).items():
         if name in swap.tensors:
-            parameter.copy_(with_rank(name, swap.tensors[name], room))
+            parameter.copy_(with_rank(name, swap.tensors[name], room, layer.experts))
         else:
             parameter.zero_()
     layer.describe(
@@ -258,7 +255,7 @@ def _put(swap: _Swap, adapter_name: str) -> None:
 def _resize(layer: LoraLayer, adapter_name: str, r: int) -> None:
     """Gives A and B room for rank `r`. A parameter that has it already stays the same object."""
     for name, parameter in layer.adapter_parameters(adapter_name).items():
-        value = with_rank(name, parameter.detach(), r)
+        value = with_rank(name, parameter.detach(), r, layer.experts)
         if value.shape == parameter.shape:
             continue
         owner, _, attribute = name.rpartition(".")

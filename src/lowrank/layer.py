@@ -28,14 +28,23 @@ from lowrank.routing import Routing
 RANK_DIMENSION = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 
 
-def with_rank(parameter: str, tensor: Tensor, r: int) -> Tensor:
+def with_rank(parameter: str, tensor: Tensor, r: int, experts: int = 1) -> Tensor:
     """The tensor of an adapter, cut to rank `r` or padded to it with zeros, which change nothing.
 
-    parameter: its name within its layer, `lora_A.default.weight`. What has no rank comes back as it is.
+    parameter: its name within its layer, `lora_A.default.weight`. experts: how many it stacks. What has no
+    rank comes back as it is.
     """
     dimension = RANK_DIMENSION.get(parameter.partition(".")[0])
-    if dimension is None or tensor.ndim < 2 or tensor.shape[dimension] == r:
+    if dimension is None or tensor.ndim < 2 or tensor.shape[dimension] == r * experts:
         return tensor
+    if experts > 1:  # (experts, r, in) and (out, r, experts), flattened
+        apart = (experts, -1, tensor.shape[1]) if dimension == 0 else (len(tensor), -1, experts)
+        each = _with_size(tensor.reshape(apart), 1, r)
+        return each.reshape(-1, tensor.shape[1]) if dimension == 0 else each.flatten(1)
+    return _with_size(tensor, dimension, r)
+
+
+def _with_size(tensor: Tensor, dimension: int, r: int) -> Tensor:
     if tensor.shape[dimension] > r:
         return tensor.narrow(dimension, 0, r)
     shape = list(tensor.shape)
@@ -226,8 +235,12 @@ class LoraLayer(nn.Module):
 
     def _expert_shape(self) -> tuple[int, ...]:
         """(experts,) for fused experts, else ()."""
-        fused = self.kind.layout is EXPERTS
-        return (self.kind.experts(self.get_base_layer()),) if fused else ()
+        return (self.experts,) if self.kind.layout is EXPERTS else ()
+
+    @property
+    def experts(self) -> int:
+        """How many (out, in) matrices the weight holds: those of fused experts, else 1."""
+        return self.kind.experts(self.get_base_layer()) if self.kind.layout is EXPERTS else 1
 
     def delete_adapter(self, name: str) -> None:
         """Removes the adapter, if this layer has it. It must not be merged."""
@@ -274,11 +287,11 @@ class LoraLayer(nn.Module):
         if name in self.lora_magnitude_vector:
             factor: Any = self.lora_magnitude_vector[name]
             magnitude = factor.weight.reshape(-1)
-        r, layout = self.room(name), self.kind.layout
-        A, B = layout.A_matrix(A, r), layout.B_matrix(B, r)
+        layout, experts = self.kind.layout, self.experts
+        A, B = layout.A_matrix(A, experts), layout.B_matrix(B, experts)
         if name in self.lora_start_A._buffers:
-            A_0 = layout.A_matrix(self.lora_start_A.get_buffer(name), r)
-            B_0 = layout.B_matrix(self.lora_start_B.get_buffer(name), r)
+            A_0 = layout.A_matrix(self.lora_start_A.get_buffer(name), experts)
+            B_0 = layout.B_matrix(self.lora_start_B.get_buffer(name), experts)
             A, B = torch.cat([A, A - A_0], -2), torch.cat([B - B_0, B_0], -1)
         return Lora(A, B, self.scaling[name], magnitude, bias)
 
@@ -292,9 +305,7 @@ class LoraLayer(nn.Module):
 
     def room(self, name: str) -> int:
         """The rank that the parameters A and B have room for: r, or more where hotswapping padded them."""
-        rows = self._factors(name)[0].shape[0]
-        experts = self.kind.experts(self.base_layer) if self.kind.layout is EXPERTS else 1
-        return rows // experts
+        return self._factors(name)[0].shape[0] // self.experts
 
     def rank(self, name: str) -> int:
         """The rank of `lora(name)`: r, or 2r if the adapter's start is taken out of W."""

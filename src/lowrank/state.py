@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.bases.kinds import EXPERTS
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, AdapterMismatchError, MergeError, did_you_mean
 from lowrank.hub import adapter_file
@@ -88,7 +87,7 @@ def get_peft_model_state_dict(
         )
     found = {key: _whole(state[name]) for key, name in keys.items()}
     for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
-        found[key] = with_rank(parameter, found[key], layer.r[adapter_name])
+        found[key] = with_rank(parameter, found[key], layer.r[adapter_name], layer.experts)
     return found
 
 
@@ -121,9 +120,12 @@ def set_peft_model_state_dict(
     }
     for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
         here, r = parameters[keys[key]], layer.r[adapter_name]
-        if key in tensors and tensors[key].shape == with_rank(parameter, here, r).shape:
+        if key not in tensors or tensors[key].shape == here.shape:
+            continue
+        if tensors[key].shape == with_rank(parameter, here, r, layer.experts).shape:
             # an adapter padded for hotswapping takes its own file back
-            tensors[key] = with_rank(parameter, tensors[key], layer.room(adapter_name))
+            room = layer.room(adapter_name)
+            tensors[key] = with_rank(parameter, tensors[key], room, layer.experts)
     wrong = {
         key: (tuple(tensors[key].shape), tuple(parameters[name].shape))
         for key, name in target.items()
@@ -295,7 +297,7 @@ def _factors(
     found = {
         f"{path}.{parameter}" if path else parameter: (parameter, layer)
         for path, layer in lora_layers(model)
-        if adapter_name in layer.r and layer.kind.layout is not EXPERTS
+        if adapter_name in layer.r
         for parameter in layer.adapter_parameters(adapter_name)
     }
     return {key: found[name] for key, name in keys.items() if name in found}

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lowrank.bases.kinds import is_bare
 from lowrank.layer import LoraLayer
 from lowrank.saved_module import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from lowrank.trainable_tokens import TrainableTokensWrapper
@@ -38,6 +39,16 @@ def lora_chains(model: nn.Module) -> Iterator[tuple[str, list[LoraLayer]]]:
             chain = layer.chain()
             inner.update(map(id, chain))
             yield path, chain
+
+
+def target_path(path: str, layer: LoraLayer) -> str:
+    """The path that a pattern of the configuration is matched against, of the layer at `path` in the model."""
+    path = path.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    if not is_bare(layer.kind):
+        return path
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return f"{path}.{layer.kind.weight}"
 
 
 def adapter_names(model: nn.Module) -> list[str]:

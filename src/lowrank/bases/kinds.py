@@ -15,7 +15,8 @@ class Layout(NamedTuple):
     """What A, B and the magnitude are called, and the shapes in which they are registered and saved.
 
     The shapes are PEFT's: from the weight's own shape, its (out, in) and r, each as a tuple. A_matrix and
-    B_matrix: from a registered tensor and r, the view of it as (*expert, r, in) and (*expert, out, r).
+    B_matrix: a registered tensor and the number of experts -> the view of it as (*expert, r, in) and
+    (*expert, out, r), whatever rank it has room for.
     """
 
     A: str
@@ -23,8 +24,8 @@ class Layout(NamedTuple):
     A_shape: Callable[[Size, tuple[int, int], int], tuple[int, ...]]
     B_shape: Callable[[Size, tuple[int, int], int], tuple[int, ...]]
     magnitude_shape: Callable[[Size, tuple[int, int]], tuple[int, ...]]
-    A_matrix: Callable[[Tensor, int], Tensor] = lambda A, r: A.flatten(1)
-    B_matrix: Callable[[Tensor, int], Tensor] = lambda B, r: B.flatten(1)
+    A_matrix: Callable[[Tensor, int], Tensor] = lambda A, experts: A.flatten(1)
+    B_matrix: Callable[[Tensor, int], Tensor] = lambda B, experts: B.flatten(1)
     A_saved: Callable[[Tensor], Tensor] = lambda A: A  # the reverse of A_matrix, up to the shape
     B_saved: Callable[[Tensor], Tensor] = lambda B: B
 
@@ -88,8 +89,8 @@ EXPERTS = Layout(
     lambda weight, W, r: (weight[0] * r, W[1]),
     lambda weight, W, r: (W[0], r * weight[0]),
     lambda weight, W: (weight[0], W[0]),
-    A_matrix=lambda A, r: A.reshape(-1, r, A.shape[-1]),
-    B_matrix=lambda B, r: B.reshape(B.shape[0], r, -1).permute(2, 0, 1),
+    A_matrix=lambda A, experts: A.reshape(experts, -1, A.shape[-1]),
+    B_matrix=lambda B, experts: B.reshape(B.shape[0], -1, experts).permute(2, 0, 1),
     B_saved=lambda B: B.permute(1, 2, 0),
 )
 
