@@ -293,7 +293,7 @@ def vocab_size(model: nn.Module) -> int | None:
 def _factors(
     model: nn.Module, adapter_name: str, keys: Mapping[str, str]
 ) -> dict[str, tuple[str, LoraLayer]]:
-    """For the file's keys that belong to a LoraLayer that may be padded: the name within it, and the layer."""
+    """For the file's keys that belong to a LoraLayer: the name within it, and the layer."""
     found = {
         f"{path}.{parameter}" if path else parameter: (parameter, layer)
         for path, layer in lora_layers(model)
