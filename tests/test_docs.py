@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowrank import LoraConfig
+from lowrank.config import _REFUSED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,3 +69,15 @@ def test_configuration_page_has_every_field():
     rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("|"))
     missing = [f.name for f in dataclasses.fields(LoraConfig) if f"`{f.name}`" not in rows]
     assert missing == []
+
+
+def test_configuration_page_says_refused_of_what_is_refused():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    said = {
+        name
+        for row in rows
+        if row[3].strip().startswith("refused")
+        for name in re.findall(r"`(\w+)`", row[1])
+    }
+    assert said == set(_REFUSED)
