@@ -93,19 +93,17 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _layer_status(name: str, module: Wrapper) -> TunerLayerStatus:
+    available = sorted(module.adapters)
+    module_type = type(module).__name__
     if isinstance(module, LoraLayer):
-        available, merged = sorted(module.r), list(module.merged_adapters)
         module_type = f"lora.{type(module.base_layer).__name__}"
-    else:
-        available, merged = sorted(module.modules_to_save), []
-        module_type = type(module).__name__
     parameters = {a: list(module.adapter_parameters(a).values()) for a in available}
     return TunerLayerStatus(
         name=name,
         module_type=module_type,
         enabled=not module.disable_adapters,
         active_adapters=module.active_adapters,
-        merged_adapters=merged,
+        merged_adapters=list(getattr(module, "merged_adapters", [])),
         requires_grad={
             a: _common((p.requires_grad for p in found), none=False)
             for a, found in parameters.items()

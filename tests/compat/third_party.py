@@ -136,9 +136,9 @@ def mixin(folder):
 
 
 def switched(folder):
-    """Two adapters that each save the same module whole."""
+    """Two adapters that each save the same module whole, and train rows of the same embedding."""
     model, seen = base(), {}
-    config = LoraConfig(**LORA, modules_to_save=["lm_head"])
+    config = LoraConfig(**LORA, modules_to_save=["lm_head"], trainable_token_indices=[4, 8])
     for seed, name in enumerate(("first", "second")):
         model.add_adapter(config, adapter_name=name)
         seen[name] = logits(filled(model, seed))

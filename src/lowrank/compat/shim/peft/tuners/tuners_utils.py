@@ -1,5 +1,5 @@
-from lowrank import LoraLayer as BaseTunerLayer
 from lowrank import LoraModel as BaseTuner
+from lowrank.compat.names import BaseTunerLayer
 from lowrank.functional import (
     cast_adapter_dtype,
     delete_adapter,
