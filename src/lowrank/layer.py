@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lowrank.bases.kinds import EMBEDDING, EXPERTS, Kind
+from lowrank.dora_norm import known_norm
 from lowrank.errors import AdapterNameError, MergeError, ShapeError
 from lowrank.init import Init, Start, init_named, of_experts, taken_out
 from lowrank.kernels.low_rank_add import low_rank_weight
@@ -19,7 +20,6 @@ from lowrank.lora import (
     check_shapes,
     initial_magnitude,
     merged_weight,
-    merged_weight_norm,
     weight_change,
 )
 from lowrank.mixed_batch import mixed_forward
@@ -106,6 +106,7 @@ class LoraLayer(nn.Module):
         self._active: list[str] = []
         self._disabled = False
         self._initial_scaling: dict[str, float] = {}
+        self._norms: dict[str, Any] = {}  # what DoRA's forward remembers
         self._unmerged: Any = None  # snapshot of the weight and bias while something is merged
         # the weight that is not in its place now: the original under LoftQ's quantised one, or, while the
         # adapters are disabled, the quantised one
@@ -265,6 +266,7 @@ class LoraLayer(nn.Module):
             self._initial_scaling,
         ):
             del values[name]
+        self._norms.pop(name, None)
         self._active = [active for active in self._active if active != name]
         if not self.r:
             self.restore_original()
@@ -516,21 +518,37 @@ class LoraLayer(nn.Module):
         scaling = lora.scaling
         if isinstance(scaling, Tensor):  # low_rank_add takes a number
             h, scaling = h * scaling, 1.0
-        if op.up_onto and lora.bias is None and lora.magnitude is None:
-            return op.up_onto(y, h.to(y.dtype), lora.B.to(y.dtype), scaling)
-        z = op.up(base, h * scaling, lora.B.to(h.dtype)).to(y.dtype)
         along = [1] * y.ndim
         along[op.channel(base)] = -1
-        if lora.bias is not None:
-            z = z + (lora.bias * lora.scaling).to(y.dtype).view(along)
+        start = y if lora.magnitude is None else base_output
+        if op.up_onto and lora.bias is None:
+            changed = op.up_onto(start, h.to(y.dtype), lora.B.to(y.dtype), scaling)
+        else:
+            z = op.up(base, h * scaling, lora.B.to(h.dtype)).to(y.dtype)
+            if lora.bias is not None:
+                z = z + (lora.bias * lora.scaling).to(y.dtype).view(along)
+            changed = start + z
         if lora.magnitude is None:
-            return y + z
-        # Liu et al. 2024, eq. 5: y = c·(W + ΔW)x + b with c = m / ‖W + ΔW‖
-        c = (lora.magnitude / merged_weight_norm(self.unmerged_weight(), lora)).view(along)
+            return changed
+        changed = self._with_magnitude(name, lora, changed, along)
+        return changed if y is base_output else y + (changed - base_output)
+
+    def _with_magnitude(self, name: str, lora: Lora, y: Tensor, along: list[int]) -> Tensor:
+        """DoRA: c·(y − b) + b with c = m / ‖W + ΔW‖, from y = (W + ΔW)x + b (Liu et al. 2024, eq. 5)."""
+        base = self.base_layer
+        held = self._unmerged[0] if self._unmerged else base.get_parameter(self.kind.weight)
+        norm = known_norm(self._norms, name, held, self.unmerged_weight, lora)
+        assert lora.magnitude is not None
+        c = (lora.magnitude / norm).view(along)
         bias = getattr(base, self.kind.bias, None)
-        without_bias = base_output if bias is None else base_output - bias.to(y.dtype).view(along)
-        # in bfloat16 a c near 1 would be 1, and c − 1 nothing
-        return y + (c - 1).to(y.dtype) * without_bias + c.to(y.dtype) * z
+        bias = None if bias is None else bias.to(y.dtype).view(along)
+        y = y if bias is None else y - bias
+        high = c.to(y.dtype)
+        scaled = y * high if bias is None else torch.addcmul(bias, y, high)
+        if high.dtype == c.dtype:
+            return scaled
+        # in bfloat16 a c near 1 would be 1: the rest of c comes after it
+        return torch.addcmul(scaled, y, (c - high).to(y.dtype).detach())
 
     def _weights_with(self, names: list[str]) -> dict[str, Tensor]:
         """The base layer's weight, and its bias if one changes, with the adapters in them; with autograd."""

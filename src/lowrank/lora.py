@@ -5,6 +5,7 @@ leading `*expert` dimension, where there is one, runs over the experts of a fuse
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -98,18 +99,60 @@ def delta_norm(lora: Lora) -> float:
     return ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt().item()
 
 
-def merged_weight_norm(W: Tensor, lora: Lora) -> Tensor:
+def merged_weight_norm(W: Tensor, lora: Lora, squares: Tensor | None = None) -> Tensor:
     """‖W + ΔW‖ by row, (*expert, out), in float32 (float64 for a float64 W), without forming ΔW.
 
+    squares: `row_squares(W)`, where it is known. A 16-bit W is not copied to float32. The result is a
+    constant for the gradient.
+
     ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ for each row w of W and b of B: the largest
-    tensor besides W is (out, r). The result is a constant for the gradient.
+    tensor besides W is (out, r).
     """
     dtype = _accumulation_dtype(W)
-    with torch.no_grad():
-        W, A, B = W.to(dtype), lora.A.to(dtype), lora.B.to(dtype) * lora.scaling
-        cross = ((W @ A.mT) * B).sum(-1)
+    with torch.no_grad(), _without_autocast(W):
+        A, B = lora.A.to(dtype), lora.B.to(dtype) * lora.scaling
+        cross = (_product(W, A) * B).sum(-1)
         square = ((B @ (A @ A.mT)) * B).sum(-1)
-        return (W.square().sum(-1) + 2 * cross + square).clamp_min(_TINY).sqrt()
+        squares = row_squares(W) if squares is None else squares
+        return (squares + 2 * cross + square).clamp_min(_TINY).sqrt()
+
+
+def row_squares(W: Tensor) -> Tensor:
+    """‖w‖² of each row, (*expert, out), in float32 (float64 for a float64 W)."""
+    dtype = _accumulation_dtype(W)
+    with torch.no_grad():
+        if W.dtype == dtype or torch.compiler.is_compiling():
+            return torch.linalg.vector_norm(W, dim=-1, dtype=dtype).square()
+        # a few rows at a time: a wide copy of all of W would be twice its size
+        rows = W.split(max(1, 2**20 // W.shape[-1]), dim=-2)
+        return torch.cat([part.to(dtype).square().sum(-1) for part in rows], dim=-1)
+
+
+def _product(W: Tensor, A: Tensor) -> Tensor:
+    """W·Aᵀ, (*expert, out, r), in A's dtype, which is at least float32; no copy of W in that dtype.
+
+    A product of 16-bit matrices is summed in float32 and then rounded to 16 bits. So A goes in as the sum of
+    two 16-bit matrices, and a second product with the first of them, which begins at minus the first
+    product, leaves what the rounding took: 16 bits or more in all.
+    """
+    if W.dtype == A.dtype:
+        return W @ A.mT
+    *expert, out, in_ = W.shape
+    W, A = W.reshape(-1, out, in_), A.reshape(-1, A.shape[-2], in_)
+    high = A.to(W.dtype)
+    low = (A - high).to(W.dtype)
+    first = torch.bmm(W, high.mT)
+    rest = torch.baddbmm(first, W, high.mT, beta=-1)
+    product = sum((p.to(A.dtype) for p in (first, rest)), torch.bmm(W, low.mT).to(A.dtype))
+    return product.view(*expert, out, -1)
+
+
+def _without_autocast(W: Tensor) -> AbstractContextManager:
+    """Autocast would take the products that are float32 on purpose to 16 bits."""
+    kind = W.device.type
+    if not torch.amp.autocast_mode.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def initial_magnitude(W: Tensor, lora: Lora) -> Tensor:
