@@ -96,7 +96,8 @@ class PeftModel(nn.Module):
         """The base model's forward. adapter_names: for each row of the batch, the adapter it goes through."""
         if self._check_trainable and self.training and torch.is_grad_enabled():
             self._refuse_idle_training()
-            self._check_trainable = False
+            # a flag that changes would compile everything a second time
+            self._check_trainable = torch.compiler.is_compiling()
         if adapter_names is None:
             return self.base_model(*args, **kwargs)
         with self._rows(adapter_names, args, kwargs):
