@@ -42,6 +42,7 @@ ROWS: list[tuple[int, str]] = [
     (5, "card embedded lora_model model_folder"),
     (5, "saving"),
     (5, "compat"),
+    (5, "alora"),
     (5, "peft"),
     (5, "auto merge_plan"),
     (5, "merge_files"),

@@ -97,7 +97,6 @@ _DATA_INITIALISATIONS = ("eva", "corda", "lora_ga", "mica")
 
 # field -> why a value other than its default is refused
 _REFUSED = {
-    "alora_invocation_tokens": "activated LoRA is not supported yet",
     "eva_config": "the EVA initialisation is not supported yet",
     "corda_config": "the CorDA initialisation is not supported yet",
     "lora_ga_config": "the LoRA-GA initialisation is not supported yet",
@@ -370,6 +369,18 @@ class LoraConfig(PeftConfig):
                 f"task_type={self.task_type!r} is none of {', '.join(names)}.{did_you_mean(str(self.task_type), names)}"
             )
         found += self._initialisation_problems()
+        tokens = self.alora_invocation_tokens
+        if tokens is not None:
+            whole = isinstance(tokens, list | tuple) and all(type(t) is int for t in tokens)
+            if not whole or not tokens:
+                found.append(
+                    f"alora_invocation_tokens={tokens!r} must be a list of token ids, at least one."
+                )
+            if self.use_dora:
+                found.append(
+                    "alora_invocation_tokens with use_dora=True: DoRA rescales what the base computes, also where the "
+                    "adapter must not act; drop one."
+                )
         if self.use_dora and self.lora_bias:
             found.append(
                 "lora_bias=True with use_dora=True: DoRA scales the weight's rows and leaves biases alone; drop one."

@@ -32,6 +32,7 @@ def inject(
     bias: str = "none",
     cast_to_float32: bool = True,
     meta: bool = False,
+    invocation: Sequence[int] | None = None,
 ) -> None:
     """Adds the adapter `name` to the targets of `model`, and freezes everything else.
 
@@ -40,13 +41,16 @@ def inject(
     saved: paths of modules trained and saved whole; tied: those of them whose copies share one weight.
     tokens: embeddings of which some rows are trained. bias: "none", "lora_only" or "all", the biases of the
     base that are trained. cast_to_float32: adapters in float32 on a bfloat16 or float16 base; else in the
-    base's dtype. meta: adapter tensors on the meta device, to be loaded.
+    base's dtype. meta: adapter tensors on the meta device, to be loaded. invocation: the tokens from which on
+    the adapter acts (activated LoRA); None: it acts everywhere.
     The adapter is not active yet. Raises AdapterNameError for an unusable name.
     """
     check_name(model, name)
     freeze_base(model)
     references = _references(model)
     routing = next((module.routing for _, module in wrappers(model)), Routing())
+    if invocation is not None:
+        routing.invocations[name] = tuple(invocation)
     for path in saved:
         make_saved = partial(ModulesToSaveWrapper, routing=routing)
         place = _find(model, path)

@@ -267,6 +267,7 @@ class LoraLayer(nn.Module):
         ):
             del values[name]
         self._norms.pop(name, None)
+        self.routing.invocations.pop(name, None)
         self._active = [active for active in self._active if active != name]
         if not self.r:
             self.restore_original()
@@ -508,13 +509,22 @@ class LoraLayer(nn.Module):
             y = self.add_output_change(name, x, base_output, y)
         return y
 
-    def add_output_change(self, name: str, x: Tensor, base_output: Tensor, y: Tensor) -> Tensor:
-        """`y` and what the adapter adds to the base layer's output, in y's dtype."""
+    def add_output_change(
+        self,
+        name: str,
+        x: Tensor,
+        base_output: Tensor,
+        y: Tensor,
+        rows: list[int] | None = None,
+    ) -> Tensor:
+        """`y` and what the adapter adds to the base layer's output, in y's dtype. rows: those in x; None: all."""
         op, lora, base = self.kind.op, self.lora(name), self.base_layer
         assert op is not None
         # the small A and B take the dtype of the large x, never the reverse
         dtype = x.dtype if op.floating else y.dtype
         h = op.down(base, x, lora.A.to(dtype), self.lora_dropout[name])
+        on = self.routing.activation(name, h, rows)
+        h = h if on is None else h * on
         scaling = lora.scaling
         if isinstance(scaling, Tensor):  # low_rank_add takes a number
             h, scaling = h * scaling, 1.0
@@ -526,7 +536,8 @@ class LoraLayer(nn.Module):
         else:
             z = op.up(base, h * scaling, lora.B.to(h.dtype)).to(y.dtype)
             if lora.bias is not None:
-                z = z + (lora.bias * lora.scaling).to(y.dtype).view(along)
+                bias = (lora.bias * lora.scaling).to(y.dtype).view(along)
+                z = z + (bias if on is None else bias * on)
             changed = start + z
         if lora.magnitude is None:
             return changed
@@ -586,6 +597,11 @@ class LoraLayer(nn.Module):
         new = [name for name in wanted if name in self.r and name not in self.merged_adapters]
         if not new:
             return
+        waiting = [name for name in new if name in self.routing.invocations]
+        if waiting:
+            raise MergeError(
+                f"Adapters {waiting} are activated LoRAs: they act on part of the positions only, which no weight can do."
+            )
         if self._disabled:
             raise MergeError("The adapters are disabled: enable_adapter_layers() before merging.")
         names = self.merged_adapters + new

@@ -438,6 +438,7 @@ def _add(
         bias=config.bias,
         cast_to_float32=cast_to_float32,
         meta=meta,
+        invocation=config.alora_invocation_tokens,
     )
     return config
 

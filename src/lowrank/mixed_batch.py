@@ -45,6 +45,7 @@ def _batches(layer: Any, rows: dict[str, list[int]]) -> list[list[str]]:
             op is not None
             and op.up_onto is not None
             and not layer.use_dora[name]
+            and name not in layer.routing.invocations
             and not layer.lora_bias[name]
         )
         dropout = layer.lora_dropout[name]
@@ -95,7 +96,7 @@ def _one_adapter(
 ) -> Tensor:
     chosen = repeated(rows, x, count, type(layer.base_layer).__name__)
     part = y[chosen]
-    return y.index_copy(0, chosen, layer.add_output_change(name, x[chosen], part, part))
+    return y.index_copy(0, chosen, layer.add_output_change(name, x[chosen], part, part, rows))
 
 
 def by_adapter(

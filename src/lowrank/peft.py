@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank import functional
 from lowrank.adapter_file import read_start, read_tensors, write_adapter
+from lowrank.alora import activated
 from lowrank.card import write_card
 from lowrank.compat import ensure_recognised
 from lowrank.config import LoraConfig, PeftConfig, TaskType
@@ -35,6 +36,7 @@ from lowrank.lora_model import (
     let_gradients_in,
     rows,
 )
+from lowrank.routing import Routing
 from lowrank.saving import adapter_of, converted, warn_of_other_readers
 from lowrank.start_factors import check_start, inits_from, replace_start
 from lowrank.state import (
@@ -78,6 +80,7 @@ class PeftModel(nn.Module):
         )
         self.base_model.peft_config[adapter_name] = config
         self.base_model.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        self._routing = next((module.routing for _, module in wrappers(model)), Routing())
         if checkpoints_activations(model):
             let_gradients_in(model)
         ensure_recognised(self)
@@ -92,16 +95,28 @@ class PeftModel(nn.Module):
 
     # --- running ----------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's forward. adapter_names: for each row of the batch, the adapter it goes through."""
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Sequence[int | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward. adapter_names: for each row of the batch, the adapter it goes through.
+
+        alora_offsets: for each row, how far from its end an activated LoRA starts; None: it is looked for.
+        """
         if self._check_trainable and self.training and torch.is_grad_enabled():
             self._refuse_idle_training()
             # a flag that changes would compile everything a second time
             self._check_trainable = torch.compiler.is_compiling()
-        if adapter_names is None:
+        if adapter_names is None and alora_offsets is None and not self._routing.invocations:
             return self.base_model(*args, **kwargs)
-        with self._rows(adapter_names, args, kwargs):
-            return self.base_model(*args, **kwargs)
+        with (
+            self._rows(adapter_names, args, kwargs),
+            self._activated(adapter_names, alora_offsets, args, kwargs) as finished,
+        ):
+            return finished(self.base_model(*args, **kwargs))
 
     def _refuse_idle_training(self) -> None:
         """With activation checkpointing a backward pass runs even if it reaches no parameter."""
@@ -117,17 +132,41 @@ class PeftModel(nn.Module):
             )
 
     def generate(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Sequence[int | None] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The base model's `generate`, with the active adapters, or for each row with its own."""
         base: Any = self.get_base_model()
-        if adapter_names is None:
-            return base.generate(*args, **kwargs)
-        with self._rows(adapter_names, args, kwargs):
+        with (
+            self._rows(adapter_names, args, kwargs),
+            self._activated(adapter_names, alora_offsets, args, kwargs, generating=True),
+        ):
             return base.generate(*args, **kwargs)
 
+    def _activated(
+        self,
+        names: Sequence[str] | None,
+        offsets: Sequence[int | None] | None,
+        args: tuple,
+        kwargs: dict[str, Any],
+        generating: bool = False,
+    ) -> Any:
+        running = self.active_adapters if names is None else names
+        if any(module.disable_adapters for _, module in wrappers(self)):
+            running, offsets = [], None
+        base, routing = self.get_base_model(), self._routing
+        return activated(base, routing, args, kwargs, running, offsets, generating=generating)
+
     @contextmanager
-    def _rows(self, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    def _rows(
+        self, names: Sequence[str] | None, args: tuple, kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        if names is None:
+            yield
+            return
         tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
         if tensors and tensors[0].shape[0] != len(names):
             raise RowsError(

@@ -22,6 +22,37 @@ class Routing:
     def __init__(self) -> None:
         self.names: tuple[str, ...] | None = None
         self.cache: dict[Any, Any] = {}
+        # activated LoRA: by adapter, its invocation tokens; where it starts in each row of this forward;
+        # where the forward's positions end, and how many they are; the output whose backward is to come
+        self.invocations: dict[str, tuple[int, ...]] = {}
+        self.starts: dict[str, Tensor] = {}
+        self.end = self.length = 0
+        self.awaited: Any = None
+
+    def activation(self, name: str, h: Tensor, rows: list[int] | None) -> Tensor | None:
+        """1 where the adapter acts on h (*, positions, r), 0 where it does not; None: it acts everywhere.
+
+        rows: those of the batch that h holds, None for all. Each may stand in h several times (beams).
+        """
+        if name not in self.invocations:
+            return None
+        if name not in self.starts:
+            raise RowsError(
+                f"Adapter {name!r} is an activated LoRA: it acts from its invocation on, so it has to see the token ids. "
+                "Run it through PeftModel's forward or generate."
+            )
+        starts = self.starts[name].to(h.device)
+        starts = starts if rows is None else starts[index(rows, h)]
+        length = h.shape[-2] if h.ndim > 2 else self.length
+        found = h.numel() // max(1, h.shape[-1] * length)
+        if found % len(starts) or found * length * h.shape[-1] != h.numel():
+            raise RowsError(
+                f"Adapter {name!r} is an activated LoRA, and a layer was given {tuple(h.shape[:-1])}, which are not the "
+                f"{length} positions of {len(starts)} rows: leave that layer out of the adapter."
+            )
+        positions = torch.arange(self.end - length, self.end, device=h.device)
+        on = positions >= starts.repeat_interleave(found // len(starts))[:, None]
+        return on.to(h.dtype).view(*h.shape[:-1], 1)
 
     @contextmanager
     def route(self, names: Sequence[str]) -> Iterator[None]:

@@ -314,6 +314,12 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
         "lora_bias has an entry for each row of the weight, and this layer's bias is of another shape: set lora_bias=False, or leave it out.",
     ),
     (
+        lambda kind, module, config, r: (
+            config.alora_invocation_tokens is not None and (kind.op is None or not kind.op.up_onto)
+        ),
+        "an activated LoRA (alora_invocation_tokens) adapts linear layers only: leave it out.",
+    ),
+    (
         lambda kind, module, config, r: config.init_lora_weights == "orthogonal" and r % 2 == 1,
         'init_lora_weights="orthogonal" needs an even r.',
     ),
