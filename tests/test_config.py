@@ -86,7 +86,6 @@ def test_impossible_values_are_refused_by_name(fields, words):
 
 
 FEATURES = {
-    "alora_invocation_tokens": [5],
     "eva_config": {"rho": 2.0},
     "corda_config": {},
     "lora_ga_config": {"x": 1},
