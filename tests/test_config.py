@@ -57,7 +57,6 @@ def test_the_defaults():
         ({"bias": "some"}, ["bias='some'", "'lora_only'"]),
         ({"task_type": "CAUSAL"}, ["task_type='CAUSAL'", "Did you mean 'CAUSAL_LM'"]),
         ({"init_lora_weights": "gausian"}, ["'gausian'", "Did you mean 'gaussian'"]),
-        ({"init_lora_weights": "eva"}, ["'eva'", "not supported yet"]),
         ({"init_lora_weights": "pissa_niter_x"}, ["'pissa_niter_x'", "pissa_niter_<iterations>"]),
         ({"init_lora_weights": "pissa", "lora_alpha": 0}, ["'pissa'", "lora_alpha", "above 0"]),
         ({"init_lora_weights": None}, ["init_lora_weights=None"]),
@@ -86,9 +85,8 @@ def test_impossible_values_are_refused_by_name(fields, words):
 
 
 FEATURES = {
-    "eva_config": {"rho": 2.0},
-    "corda_config": {},
-    "lora_ga_config": {"x": 1},
+    "alora_invocation_tokens": [5],
+    "loftq_config": {"bits": 4},
 }
 
 # (value, a word of what to do instead)

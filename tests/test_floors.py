@@ -20,7 +20,7 @@ DOCS = PACKAGE.parents[1] / "docs" / "architecture.md"
 # (floor, what stands there); a row imports only rows above it in this list
 ROWS: list[tuple[int, str]] = [
     (0, "errors files log"),
-    (0, "hub lora tensor_files"),
+    (0, "hub init_config lora tensor_files"),
     (0, "config task_arithmetic"),
     (1, "kernels"),
     (2, "bases init"),
@@ -36,7 +36,7 @@ ROWS: list[tuple[int, str]] = [
     (4, "inject state fingerprint expected peft_speedup"),
     (4, "start_factors"),
     (4, "adapter_layers"),
-    (4, "combine hotswap status unload"),
+    (4, "calibration combine hotswap status unload"),
     (4, "functional"),
     (4, "formats"),
     (5, "card embedded lora_model model_folder"),

@@ -601,3 +601,32 @@ def test_the_modules_ranks_and_scalings_are_pefts(fields):
 
 with torch.device("meta"):
     LLAMA_ON_META = transformers.LlamaForCausalLM(llama().config)
+
+
+@pytest.mark.parametrize(
+    ("init", "targets", "r", "reason"),
+    [
+        ("eva", ["embed"], 2, "one gets none"),
+        ("corda", ["embed"], 2, "one gets none"),
+        ("eva", ["q_proj"], 8, "needs r ≤ in"),
+        ("lora_ga", ["q_proj"], 4, "needs 2r ≤ out and in"),
+    ],
+)
+def test_initialisations_from_data_are_refused_where_they_cannot_start(init, targets, r, reason):
+    config = LoraConfig(r=r, target_modules=targets, init_lora_weights=init)
+    with pytest.raises(TargetError, match=reason) as error:
+        plan(Net(layers=1), config)
+    assert "embed" in str(error.value) or "layers.0.q_proj" in str(error.value)
+
+
+def test_initialisations_from_inputs_are_refused_where_no_input_is_seen():
+    for init in ("eva", "corda"):
+        config = LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=init)
+        with pytest.raises(TargetError, match="used without calling it"):
+            plan(AttentionNet(), config)
+        config = LoraConfig(r=2, target_modules=["conv2"], init_lora_weights=init)
+        if init == "eva":
+            assert len(plan(ConvNet(), config)) == 1
+        else:
+            with pytest.raises(TargetError, match="groups of this convolution"):
+                plan(ConvNet(), config)

@@ -17,9 +17,12 @@ _PUBLIC = {
     "AutoPeftModelForSeq2SeqLM": "auto",
     "AutoPeftModelForSequenceClassification": "auto",
     "AutoPeftModelForTokenClassification": "auto",
+    "CordaConfig": "init_config",
+    "EvaConfig": "init_config",
     "Lora": "lora",
     "LoftQConfig": "config",
     "LoraConfig": "config",
+    "LoraGAConfig": "init_config",
     "LoraLayer": "layer",
     "LoraModel": "lora_model",
     "LoraRuntimeConfig": "config",
@@ -41,6 +44,7 @@ _PUBLIC = {
     "create_loraplus_optimizer": "train.loraplus",
     "delta_weight": "lora",
     "get_base_model_state_dict": "state",
+    "get_eva_state_dict": "calibration.eva",
     "get_layer_status": "status",
     "get_model_status": "status",
     "get_peft_config": "compat.names",
@@ -48,12 +52,15 @@ _PUBLIC = {
     "get_peft_model_state_dict": "state",
     "hotswap_adapter": "hotswap",
     "hotswap_adapter_from_state_dict": "hotswap",
+    "initialize_lora_eva_weights": "calibration.eva",
     "inject_adapter_in_model": "lora_model",
     "load_peft_weights": "adapter_file",
     "merged_weight": "lora",
     "plan": "targets",
     "prepare_model_for_compiled_hotswap": "hotswap",
     "prepare_model_for_kbit_training": "lora_model",
+    "preprocess_corda": "calibration.corda",
+    "preprocess_loraga": "calibration.lora_ga",
     "read_adapter": "adapter_file",
     "rows": "lora_model",
     "set_base_model_state_dict": "state",
@@ -76,6 +83,9 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from lowrank.calibration.corda import preprocess_corda
+    from lowrank.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from lowrank.calibration.lora_ga import preprocess_loraga
     from lowrank.compat.names import get_peft_config
     from lowrank.config import (
         LoftQConfig,
@@ -94,6 +104,7 @@ if TYPE_CHECKING:
         hotswap_adapter_from_state_dict,
         prepare_model_for_compiled_hotswap,
     )
+    from lowrank.init_config import CordaConfig, EvaConfig, LoraGAConfig
     from lowrank.layer import LoraLayer
     from lowrank.lora import Lora, delta_weight, merged_weight
     from lowrank.lora_model import (

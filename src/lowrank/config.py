@@ -19,6 +19,14 @@ from typing import Any, Literal
 from lowrank.errors import AdapterFileError, ConfigError, UnknownFieldError, did_you_mean, listed
 from lowrank.files import write_text
 from lowrank.hub import FOREIGN_KEYWORDS, HUB_KEYWORDS, adapter_file
+from lowrank.init_config import (
+    SUB_CONFIGS,
+    CordaConfig,
+    EvaConfig,
+    LoraGAConfig,
+    sub_config,
+    sub_config_problems,
+)
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -91,15 +99,23 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
+_INITIALISATIONS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "pissa",
+    "olora",
+    "loftq",
+    "eva",
+    "corda",
+    "lora_ga",
+)
 _PISSA_NITER = re.compile(r"pissa_niter_\d+")
-_DATA_INITIALISATIONS = ("eva", "corda", "lora_ga", "mica")
 
 # field -> why a value other than its default is refused
 _REFUSED = {
-    "eva_config": "the EVA initialisation is not supported yet",
-    "corda_config": "the CorDA initialisation is not supported yet",
-    "lora_ga_config": "the LoRA-GA initialisation is not supported yet",
+    "alora_invocation_tokens": "activated LoRA is not supported yet",
     "megatron_config": "Megatron's parallel layers hold a piece of W each; load the model with transformers and shard it with FSDP or DeepSpeed",
     "megatron_core": "it names the module of Megatron's parallel layers; load the model with transformers and shard it with FSDP or DeepSpeed",
     "use_qalora": "QALoRA gives A the mean of each group of inputs, for GPTQ bases alone; put plain LoRA on the quantised base, or train with PEFT",
@@ -196,7 +212,11 @@ class PeftConfig:
             warnings.warn(
                 f"ignored keys of the adapter's configuration: {', '.join(unknown)}", stacklevel=2
             )
-        return LoraConfig(**{key: value for key, value in values.items() if key in names})
+        # an adapter that was rewritten as plain LoRA keeps the options of the start it once had
+        over = [
+            f for f, (_, init) in SUB_CONFIGS.items() if values.get("init_lora_weights") != init
+        ]
+        return LoraConfig(**{k: v for k, v in values.items() if k in names and k not in over})
 
     @classmethod
     def from_json_file(cls, path: str | PathLike, **kwargs) -> dict[str, Any]:
@@ -277,9 +297,9 @@ class LoraConfig(PeftConfig):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: dict = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
     velora_config: Any = None
     alora_invocation_tokens: list[int] | None = None
@@ -322,6 +342,9 @@ class LoraConfig(PeftConfig):
             self.layer_replication = [list(pair) for pair in self.layer_replication or ()]  # type: ignore[misc]
         if isinstance(self.runtime_config, Mapping):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
+        for name in SUB_CONFIGS:
+            value = sub_config(name, getattr(self, name), self.init_lora_weights)
+            setattr(self, name, value)
         problems = self.problems()
         if problems:
             raise ConfigError(listed(problems))
@@ -368,7 +391,7 @@ class LoraConfig(PeftConfig):
             found.append(
                 f"task_type={self.task_type!r} is none of {', '.join(names)}.{did_you_mean(str(self.task_type), names)}"
             )
-        found += self._initialisation_problems()
+        found += self._initialisation_problems() + sub_config_problems(self)
         tokens = self.alora_invocation_tokens
         if tokens is not None:
             whole = isinstance(tokens, list | tuple) and all(type(t) is int for t in tokens)
@@ -448,8 +471,6 @@ class LoraConfig(PeftConfig):
                 "it is frozen; init_lora_weights='orthogonal' starts orthogonal too, or train with PEFT."
             ]
         allowed = f"True, False, {', '.join(map(repr, names))} or 'pissa_niter_<iterations>'"
-        if isinstance(init, str) and init.startswith(_DATA_INITIALISATIONS):
-            return [f"init_lora_weights={init!r} is not supported yet; use {allowed}."]
         return [f"init_lora_weights={init!r} must be {allowed}.{did_you_mean(str(init), names)}"]
 
     def _loftq_problems(self) -> list[str]:

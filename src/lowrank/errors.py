@@ -68,6 +68,10 @@ class HotswapError(LowrankError, ValueError, RuntimeError):
     """An adapter that cannot take another's place. Nothing was changed."""
 
 
+class InitDataError(LowrankError, ValueError):
+    """An initialisation from data lacks its data, or they are of no use. The model is as it was."""
+
+
 class NotTrainableError(LowrankError, RuntimeError):
     """A training step on a model in which nothing can be trained."""
 

@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from lowrank.bases.kinds import EMBEDDING, EXPERTS, Kind
 from lowrank.dora_norm import known_norm
-from lowrank.errors import AdapterNameError, MergeError, ShapeError
-from lowrank.init import Init, Start, init_named, of_experts, taken_out
+from lowrank.errors import AdapterNameError, InitDataError, MergeError, ShapeError
+from lowrank.init import WAITS_FOR, Init, Start, init_named, of_experts, taken_out
 from lowrank.kernels.low_rank_add import low_rank_weight
 from lowrank.lora import (
     Lora,
@@ -102,6 +102,7 @@ class LoraLayer(nn.Module):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.lora_start_A = nn.Module()
         self.lora_start_B = nn.Module()
+        self.waiting: dict[str, str] = {}  # adapters without values, and the call that gives them
         self.merged_adapters: list[str] = []
         self._active: list[str] = []
         self._disabled = False
@@ -201,6 +202,8 @@ class LoraLayer(nn.Module):
         self.use_dora[name], self.lora_bias[name] = use_dora, lora_bias
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.train(self.base_layer.training)
+        if not callable(init) and init in WAITS_FOR:
+            self.waiting[name] = WAITS_FOR[init]
         if start.base is not None and weight.device.type != "meta":
             store = self.kind.store(self.get_base_layer())
             self._set_aside = (store.snapshot(),)
@@ -216,6 +219,37 @@ class LoraLayer(nn.Module):
                 magnitude.view(layout.magnitude_shape(weight.shape, shape))
             )
         self._set_requires_grad([name], False)
+
+    def renew(self, name: str, init: Init, *, r: int, lora_alpha: float, scaling: float) -> None:
+        """Puts an adapter of another rank, perhaps, in the place of this one, with the values that `init` gives.
+
+        It is as active and as trainable as before, with the same options. Raises MergeError if it is merged.
+        """
+        A, _ = self._factors(name)
+        dropout, active, trainable = self.lora_dropout[name], self._active, A.requires_grad
+        use_dora, lora_bias = self.use_dora[name], self.lora_bias[name]
+        self.delete_adapter(name)
+        self.add_adapter(
+            name,
+            r=r,
+            lora_alpha=lora_alpha,
+            scaling=scaling,
+            dropout=getattr(dropout, "p", 0.0),
+            use_dora=use_dora,
+            lora_bias=lora_bias,
+            init=init,
+            dtype=A.dtype,
+        )
+        self._active = active
+        self._set_requires_grad([name], trainable)
+
+    def refuse_waiting(self, names: Iterable[str]) -> None:
+        """Raises InitDataError if one of the adapters has no values yet."""
+        for name in names:
+            if name in self.waiting:
+                raise InitDataError(
+                    f"Adapter {name!r} has no values yet: {self.waiting[name]} gives them."
+                )
 
     def _start(self, init: bool | str | Init, r: int, scaling: float) -> Start:
         function = init if callable(init) else init_named(init, self.kind.layout is EMBEDDING)
@@ -252,6 +286,7 @@ class LoraLayer(nn.Module):
         if name not in self.r:
             return
         self.set_start(name, None, None)
+        self.waiting.pop(name, None)
         for attribute in self.adapter_layer_names:
             holder = getattr(self, attribute)
             if name in holder:
@@ -490,6 +525,8 @@ class LoraLayer(nn.Module):
     # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.waiting and not self._disabled:
+            self.refuse_waiting(self.routing.names or self._active)
         if self.routing.names is not None:
             return mixed_forward(self, *args, **kwargs)
         if self.kind.op is None:
@@ -594,6 +631,7 @@ class LoraLayer(nn.Module):
         untouched, if the result is not finite or a bias has nowhere to go.
         """
         wanted = self._active if adapter_names is None else adapter_names
+        self.refuse_waiting(wanted)
         new = [name for name in wanted if name in self.r and name not in self.merged_adapters]
         if not new:
             return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowrank import functional
 from lowrank.adapter_file import Adapter
 from lowrank.adapter_layers import LORA_KEY, PREFIX
+from lowrank.calibration.starts import calibrated_inits, forget_calibration
 from lowrank.combine import combine
 from lowrank.config import LoftQConfig, LoraConfig
 from lowrank.errors import (
@@ -426,6 +427,8 @@ def _add(
     saved = saved_modules(model, config)
     tokens = trained_rows(model, config)
     config = resolved(model, config, targets, saved)
+    if not inits and not meta:
+        inits = calibrated_inits(model, config, targets)
     inject(
         model,
         targets,
@@ -440,6 +443,7 @@ def _add(
         meta=meta,
         invocation=config.alora_invocation_tokens,
     )
+    forget_calibration(model, config, targets)
     return config
 
 

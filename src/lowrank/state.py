@@ -73,6 +73,8 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
+    for _, layer in lora_layers(model):
+        layer.refuse_waiting([adapter_name])
     keys = adapter_keys(model, adapter_name)
     keep = save_embedding_layers
     if keep == "auto":
@@ -139,6 +141,8 @@ def set_peft_model_state_dict(
         for key, name in target.items():
             if key in tensors and key not in wrong:
                 _fill(model, name, parameters[name], tensors[key])
+    for _, layer in lora_layers(model):
+        layer.waiting.pop(adapter_name, None)
     return LoadResult(missing, unexpected)
 
 

@@ -338,6 +338,33 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
         ),
         'init_lora_weights="loftq" quantises linear layers, as 4-bit loading does; leave it out, or start it another way.',
     ),
+    (
+        lambda kind, module, config, r: (
+            config.init_lora_weights in ("eva", "corda")
+            and (kind.op is None or not kind.op.floating or kind.weight_taken)
+        ),
+        'init_lora_weights="eva" and "corda" start from the vectors that the layer is called with, and this one gets '
+        "none (token ids, or its weight is used without calling it): leave it out.",
+    ),
+    (
+        lambda kind, module, config, r: (
+            config.init_lora_weights == "corda" and getattr(module, "groups", 1) > 1
+        ),
+        'init_lora_weights="corda" decomposes W for one kind of input, and the groups of this convolution have each '
+        "their own: leave it out.",
+    ),
+    (
+        lambda kind, module, config, r: (
+            config.init_lora_weights == "eva" and r > kind.shape(module)[1]
+        ),
+        'init_lora_weights="eva" needs r ≤ in: lower r for it (rank_pattern), or leave it out.',
+    ),
+    (
+        lambda kind, module, config, r: (
+            config.init_lora_weights == "lora_ga" and 2 * r > min(kind.shape(module))
+        ),
+        'init_lora_weights="lora_ga" needs 2r ≤ out and in: lower r for it (rank_pattern), or leave it out.',
+    ),
 ]
 
 

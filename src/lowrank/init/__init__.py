@@ -19,6 +19,7 @@ from lowrank.init.weight import loftq, olora, pissa
 __all__ = [
     "EMBEDDING_INITS",
     "INITS",
+    "WAITS_FOR",
     "Init",
     "Start",
     "computed_again",
@@ -87,6 +88,12 @@ def of_experts(init: Init, experts: int) -> Init:
     return stacked
 
 
+def eva(read: Callable[[], Tensor], shape: tuple[int, int], r: int, scaling: float) -> Start:
+    """Zeros, in the place of what `initialize_lora_eva_weights` will give (`WAITS_FOR`)."""
+    out, in_ = shape
+    return Start(_zeros(r, in_), _zeros(out, r))
+
+
 def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32)
 
@@ -103,7 +110,11 @@ INITS: dict[bool | str, Init] = {
     "pissa": pissa,
     "olora": olora,
     "loftq": loftq,
+    "eva": eva,
 }
+
+# Initialisations whose values come later, and from what; until then a layer does not run with the adapter.
+WAITS_FOR: dict[bool | str, str] = {"eva": "initialize_lora_eva_weights(model, dataloader)"}
 
 # An embedding's zero factor is A: it is a table with a row for each token, and B is shared by all.
 EMBEDDING_INITS: dict[bool | str, Init] = {**INITS, True: embedding, "gaussian": embedding}
