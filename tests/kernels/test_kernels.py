@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from lowrank.kernels.dropout_linear import dropout_linear, dropout_linear_reference
-from lowrank.kernels.low_rank_add import low_rank_add, low_rank_add_reference
+from lowrank.kernels.low_rank_add import (
+    low_rank_add,
+    low_rank_add_reference,
+    low_rank_weight,
+    low_rank_weight_reference,
+)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = [(1, 7), (3, 5, 7), (2, 1, 3, 7), (7,)]
@@ -88,3 +93,23 @@ def test_dropout_linear_under_autocast_computes_in_the_lower_dtype():
     assert h.dtype == torch.bfloat16
     grads = backward(h, x, A)
     assert [g.dtype for g in grads] == [torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("experts", [(), (3,)], ids=str)
+def test_low_rank_weight(experts, transposed, dtype):
+    """A and B in float32 on a weight of another dtype, whose order in memory the result has."""
+    narrow = dtype if dtype == torch.float64 else torch.float32
+    W = leaf(*experts, *((7, 11) if transposed else (11, 7)), dtype=dtype)
+    A, B = leaf(*experts, 2, 7, dtype=narrow), leaf(*experts, 11, 2, dtype=narrow)
+    found = low_rank_weight(W.mT if transposed else W, A, B)
+    assert (found.mT if transposed else found).is_contiguous()
+    exact = [t.detach().double().requires_grad_() for t in (W, A, B)]
+    meant = low_rank_weight_reference(exact[0].mT if transposed else exact[0], *exact[1:])
+    assert_near(found, meant, dtype)
+    for ours, theirs in zip(backward(found, W, A, B), backward(meant, *exact), strict=True):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < TOLERANCE[dtype]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert low_rank_weight(W.mT if transposed else W, A, B).dtype == dtype
