@@ -51,6 +51,7 @@ from lowrank.peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 __version__ = "0.21.2+lowrank"
 
 __all__ = [
+    "LoftQConfig",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
@@ -63,7 +64,6 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
-    "LoftQConfig",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
