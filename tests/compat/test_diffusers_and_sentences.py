@@ -1,0 +1,125 @@
+"""diffusers and sentence-transformers, unmodified: the same program under the installed PEFT and under lowrank."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+# diffusers' examples/dreambooth/train_dreambooth_lora.py, which its package does not contain
+SCRIPT = os.environ.get("LOWRANK_DREAMBOOTH_SCRIPT", "")
+LIBRARIES = ("peft", "lowrank")
+
+
+def python(library: str, *arguments: object) -> None:
+    """Runs a program in which `import peft` is answered by `library`."""
+    way = ["-m", "lowrank.compat"] if library == "lowrank" else []
+    done = subprocess.run(
+        [sys.executable, *way, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def results(program: str, folder: Path, *arguments: str) -> dict[str, dict[str, torch.Tensor]]:
+    found = {}
+    for library in LIBRARIES:
+        python(library, HERE / program, *arguments, folder / library)
+        found[library] = torch.load(folder / library / "found.pt")
+    return found
+
+
+def assert_same(found: dict[str, dict[str, torch.Tensor]], limit: float = 2e-5) -> None:
+    theirs, ours = found["peft"], found["lowrank"]
+    assert theirs.keys() == ours.keys()
+    differences = {key: float((ours[key] - theirs[key]).abs().max()) for key in theirs}
+    assert {key: d for key, d in differences.items() if d > limit} == {}
+
+
+def assert_distinct(outputs: dict[str, torch.Tensor], *names: str) -> None:
+    """No two of them are the same: what is compared is not nothing."""
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            assert not torch.allclose(outputs[one], outputs[other], atol=1e-3), (one, other)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize(
+    "kind", ["sd", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sdxl", "flux"))]
+)
+def test_diffusers_pipelines(kind: str, tmp_path: Path) -> None:
+    found = results("diffusion.py", tmp_path, kind)
+    assert_same(found)
+    ours = found["lowrank"]
+    assert_distinct(ours, "base", "loaded", "second", "both", "half", "fused")
+    for state in ("disabled", "unloaded"):
+        torch.testing.assert_close(ours[state], ours["base"], atol=2e-5, rtol=0)
+    for state in ("whole again", "enabled"):
+        torch.testing.assert_close(ours[state], ours["loaded"], atol=2e-5, rtol=0)
+    alone = f"saved {'transformer' if kind == 'flux' else 'unet'} alone"
+    torch.testing.assert_close(ours[alone], ours[f"{alone}, reloaded"], atol=2e-5, rtol=0)
+    assert_distinct(ours, "base", alone)
+
+
+@pytest.mark.interop
+def test_sentence_transformers(tmp_path: Path) -> None:
+    found = results("sentences.py", tmp_path)
+    assert_same(found)
+    ours = found["lowrank"]
+    assert_distinct(ours, "base", "adapted", "trained")
+    for state in ("disabled", "deleted"):
+        assert torch.equal(ours[state], ours["base"])
+    for state in ("loaded", "load_adapter"):
+        torch.testing.assert_close(ours[state], ours["trained"])
+    torch.testing.assert_close(ours["cross loaded"], ours["cross adapted"])
+    assert_distinct(ours, "cross base", "cross adapted")
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+@pytest.mark.skipif(
+    not SCRIPT,
+    reason="LOWRANK_DREAMBOOTH_SCRIPT names no copy of diffusers' examples/dreambooth/train_dreambooth_lora.py",
+)
+@pytest.mark.parametrize("text_encoder", [False, True], ids=["unet", "unet and text encoder"])
+def test_the_dreambooth_script(text_encoder: bool, tmp_path: Path) -> None:
+    """Trains, checkpoints, resumes and saves: the same tensors under both libraries."""
+    make = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import diffusers, diffusion, numpy
+from PIL import Image
+diffusion.sd(diffusers.DDPMScheduler).save_pretrained({str(tmp_path / "sd")!r})
+Image.fromarray((numpy.arange(768).reshape(16, 16, 3) % 255).astype("uint8")).save(
+    {str(tmp_path / "images" / "one.png")!r})
+"""
+    (tmp_path / "images").mkdir()
+    python("peft", "-c", make)
+    options = shlex.split(
+        f"--pretrained_model_name_or_path {tmp_path}/sd --instance_data_dir {tmp_path}/images "
+        "--instance_prompt 'a small red house' --resolution 16 --train_batch_size 1 --seed 3 "
+        "--checkpointing_steps 2 --learning_rate 1e-2 --lr_warmup_steps 0"
+    )
+    options += ["--train_text_encoder"] * text_encoder
+    saved = {}
+    for library in LIBRARIES:
+        out = tmp_path / library
+        run = [HERE / "with_stand_ins.py", SCRIPT, *options, "--output_dir", out]
+        python(library, *run, "--max_train_steps", 4)
+        whole = load_file(out / "pytorch_lora_weights.safetensors")
+        python(library, *run, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+        assert (out / "checkpoint-6").is_dir()
+        resumed = load_file(out / "pytorch_lora_weights.safetensors")
+        assert any(not torch.equal(whole[key], resumed[key]) for key in whole)
+        saved[library] = {
+            **{f"whole {key}": tensor for key, tensor in whole.items()},
+            **{f"resumed {key}": tensor for key, tensor in resumed.items()},
+        }
+    assert_same(saved, limit=1e-4)
+    assert any("text_encoder" in key for key in saved["lowrank"]) == text_encoder
