@@ -115,7 +115,6 @@ _PISSA_NITER = re.compile(r"pissa_niter_\d+")
 
 # field -> why a value other than its default is refused
 _REFUSED = {
-    "alora_invocation_tokens": "activated LoRA is not supported yet",
     "megatron_config": "Megatron's parallel layers hold a piece of W each; load the model with transformers and shard it with FSDP or DeepSpeed",
     "megatron_core": "it names the module of Megatron's parallel layers; load the model with transformers and shard it with FSDP or DeepSpeed",
     "use_qalora": "QALoRA gives A the mean of each group of inputs, for GPTQ bases alone; put plain LoRA on the quantised base, or train with PEFT",
