@@ -84,11 +84,6 @@ def test_impossible_values_are_refused_by_name(fields, words):
         assert word in text
 
 
-FEATURES = {
-    "alora_invocation_tokens": [5],
-    "loftq_config": {"bits": 4},
-}
-
 # (value, a word of what to do instead)
 OTHER_METHODS = {
     "megatron_config": ({"x": 1}, "FSDP"),
@@ -103,13 +98,6 @@ OTHER_METHODS = {
     "init_lora_weights": ("mica", "orthogonal"),
     "runtime_config": ({"ephemeral_gpu_offload": True}, "GPU before"),
 }
-
-
-@pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_that_is_not_there_is_refused_by_name(name):
-    text = refusal(**{name: FEATURES[name]})
-    assert text.startswith(f"{name}=")
-    assert "not supported" in text
 
 
 @pytest.mark.parametrize("name", OTHER_METHODS)

@@ -151,7 +151,20 @@ def test_a_state_that_does_not_fit_is_refused_as_a_whole():
         initialize_lora_eva_weights(plain, data())
 
 
+def explained(model, path, A):
+    """The share of the variance of the layer's inputs that lies in the rows of A."""
+    rows = []
+    module = model.get_submodule(path)
+    handle = module.register_forward_hook(lambda m, args, y: rows.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(**data()[0])
+    handle.remove()
+    X = rows[0] - rows[0].mean(0)
+    return float((X @ A.T).square().sum() / X.square().sum())
+
+
 @pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_peft_finds_the_same_directions_and_loads_our_file(tmp_path):
     peft = pytest.importorskip("peft")
     from peft.tuners.lora.eva import get_eva_state_dict as theirs
@@ -164,9 +177,8 @@ def test_peft_finds_the_same_directions_and_loads_our_file(tmp_path):
     other = peft.LoraConfig.from_pretrained(tmp_path / "config")
     found = theirs(model, batch, other, show_progress_bar=False)
     for path, A in ours.items():
-        # of the angles between the subspaces; PEFT factors by a randomised method
-        cosines = torch.linalg.svdvals(A @ found[path].float().T)
-        assert cosines.min() > 0.9, path
+        # PEFT factors by a randomised method: what counts is how much of the inputs each explains
+        assert explained(model, path, A) >= 0.98 * explained(model, path, found[path].float()), path
     trained = get_peft_model(model, config(tiny.llama, "eva"))
     initialize_lora_eva_weights(trained, batch)
     tiny.randomise(trained).eval().save_pretrained(tmp_path / "ours")
