@@ -45,7 +45,7 @@ ROWS: list[tuple[int, str]] = [
     (5, "alora"),
     (5, "peft"),
     (5, "auto merge_plan"),
-    (5, "merge_files"),
+    (5, "extract merge_files"),
     (5, "merge"),
     (5, "train verify"),
     (6, "report"),

@@ -140,8 +140,9 @@ def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = 
 
 
 def errors(adapter: Adapter) -> list[LayerError]:
-    """What combining or resizing cost, the worst layer first; zeros for an adapter that never was."""
-    layers = adapter.metadata.get("combined", {}).get("layers")
+    """What combining, resizing or extracting cost, the worst layer first; zeros for an adapter that never was."""
+    made = adapter.metadata.get("combined") or adapter.metadata.get("extracted") or {}
+    layers = made.get("layers")
     if layers is None:
         found = _layers(adapter, "the adapter")
         return [LayerError(path, len(layer.lora.A), None, 0.0) for path, layer in found.items()]

@@ -72,6 +72,10 @@ class InitDataError(LowrankError, ValueError):
     """An initialisation from data lacks its data, or they are of no use. The model is as it was."""
 
 
+class ExtractError(LowrankError, ValueError):
+    """Two checkpoints of which no adapter can be made. Nothing was written."""
+
+
 class NotTrainableError(LowrankError, RuntimeError):
     """A training step on a model in which nothing can be trained."""
 

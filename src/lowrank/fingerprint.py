@@ -85,11 +85,15 @@ def check_samples(
     if not saved:
         logger.warning(NO_FINGERPRINT, where)
         return
-    weights = {
+    _raise_if_different(saved, {"weights": of_samples(samples)}, where, str(base), trained_on)
+
+
+def of_samples(samples: dict[str, tuple[tuple[int, int], Tensor]]) -> dict[str, dict[str, Any]]:
+    """The weights of a fingerprint, from (out, in) and what lies at `sample_places` of each."""
+    return {
         path: {"shape": list(shape), "sample": _encode(sample.to(torch.bfloat16))}
         for path, (shape, sample) in samples.items()
     }
-    _raise_if_different(saved, {"weights": weights}, where, str(base), trained_on)
 
 
 def _raise_if_different(

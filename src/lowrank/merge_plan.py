@@ -84,7 +84,7 @@ def merge_plan(
     problems = start_problems(adapter, "the adapter")
     if problems:
         raise NeedsModel(problems[0])
-    names, verbatim = _names(model, stored)
+    names, verbatim = names_in_model(model, stored)
     params = model.state_dict(keep_vars=True)
     on_disk = {name: key for key, name in names.items()}
     layers, saved = _adapter(model, params, adapter, where)
@@ -131,7 +131,9 @@ def _check_config(config: Any) -> None:
             raise NeedsModel(f"the adapter uses {field}")
 
 
-def _names(model: Any, stored: Mapping[str, Entry]) -> tuple[dict[str, str], dict[str, str]]:
+def names_in_model(
+    model: Any, stored: Mapping[str, Entry]
+) -> tuple[dict[str, str], dict[str, str]]:
     """By the name in the files, the name in the model, of tensors held in both in one form; and of others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (

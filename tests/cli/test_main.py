@@ -37,7 +37,7 @@ def test_version(capsys):
     ("words", "message"),
     [
         ([], "usage: lowrank COMMAND"),
-        (["trian"], "no command 'trian'. Did you mean 'train'?"),
+        (["trian"], "no command 'trian'. Did you mean 'train'"),
         (
             ["train", "--lerning_rate", "3"],
             "unknown argument --lerning_rate. Did you mean '--learning_rate'",

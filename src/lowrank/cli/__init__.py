@@ -32,6 +32,7 @@ COMMANDS = {
     "verify": "prove that a merged folder is the same function as base + adapter",
     "combine": "make one adapter of several; no model is read",
     "resize": "give an adapter another rank; no model is read",
+    "extract": "make an adapter of the difference of two full checkpoints",
     "convert": "write an adapter in another program's format; no model is read",
 }
 

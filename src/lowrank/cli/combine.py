@@ -108,7 +108,8 @@ def write_and_show(result: Any, args: argparse.Namespace) -> int:
     total = total_error(rows)
     params = sum(tensor.numel() for tensor in result.tensors.values())
     if args.json:
-        how = {k: v for k, v in result.metadata.get("combined", {}).items() if k != "layers"}
+        made = result.metadata.get("combined") or result.metadata.get("extracted") or {}
+        how = {key: value for key, value in made.items() if key != "layers"}
         layers = [row._asdict() for row in rows]
         written = {"out": args.out, **how, "params": params, "error": total, "layers": layers}
         json.dump(written, sys.stdout, indent=2, ensure_ascii=False)
