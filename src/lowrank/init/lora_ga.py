@@ -6,6 +6,10 @@ Wang, Yu & Li 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation".
 import torch
 from torch import Tensor
 
+from lowrank.init.weight import randomised_svd, svd
+
+_ITERATIONS = 4
+
 
 def factors(
     W: Tensor,
@@ -33,17 +37,11 @@ def factors(
 def leading_vectors(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """U (out, k) and Vᵀ (k, in) of G's k largest singular values.
 
-    Exact where 4k reaches a side of G; else by subspace iteration on 2k directions with a fixed seed, as
-    the authors do: enough for a gradient, whose singular values fall quickly.
+    Exact where 4k reaches a side of G; else by four subspace iterations, as many as the authors take: enough
+    for a gradient, whose singular values fall quickly.
     """
-    q = 2 * k
-    if 2 * q >= min(G.shape):
-        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-        return U[:, :k], Vh[:k]
-    with torch.random.fork_rng([G.device] if G.device.type == "cuda" else []):
-        torch.manual_seed(0)
-        U, _, V = torch.svd_lowrank(G, q=q, niter=4)
-    return U[:, :k], V[:, :k].T
+    found = svd(G, k) if 4 * k >= min(G.shape) else randomised_svd(G, k, _ITERATIONS)
+    return found.U, found.Vh
 
 
 def _random(r: int) -> tuple[Tensor, Tensor]:
