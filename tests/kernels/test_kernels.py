@@ -113,3 +113,16 @@ def test_low_rank_weight(experts, transposed, dtype):
         assert error < TOLERANCE[dtype]
     with torch.autocast("cpu", torch.bfloat16):
         assert low_rank_weight(W.mT if transposed else W, A, B).dtype == dtype
+
+
+def test_a_matrix_is_rounded_once():
+    """A and B as they are, and not as bfloat16 has them."""
+    W = leaf(11, 7, dtype=torch.bfloat16)
+    A, B = leaf(2, 7, dtype=torch.float32), leaf(11, 2, dtype=torch.float32)
+    meant = W.double() + B.double() @ A.double()
+    assert torch.equal(low_rank_weight(W, A, B), meant.bfloat16())
+    g = torch.randn(11, 7).bfloat16()
+    low_rank_weight(W, A, B).backward(g)
+    exact = B.detach().double().mT @ g.double(), g.double() @ A.detach().double().mT
+    for found, gradient in zip((A.grad, B.grad), exact, strict=True):
+        assert (found.double() - gradient).norm() < 1e-6 * gradient.norm()

@@ -24,13 +24,15 @@ def low_rank_weight_reference(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def low_rank_weight(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The same in one product that accumulates onto W: one tensor of W's size, and one rounding.
+    """The same in one product that accumulates onto W, and one rounding to W's dtype.
 
-    Of W's dtype, whatever autocast says, and in W's order in memory: products with a transposed weight
-    are as fast as before. A and B may be of another dtype.
+    Whatever autocast says, and in W's order in memory: products with a transposed weight are as fast as
+    before. A and B may be of another dtype. A matrix is summed in float32 at least. Fused experts, all of
+    which one forward forms, are not copied to float32: their A and B are rounded to W's dtype instead.
     """
     if W.mT.is_contiguous() and not W.is_contiguous():
         return low_rank_weight(W.mT, B.mT, A.mT).mT
-    product = torch.addmm if W.ndim == 2 else torch.baddbmm
+    dtype = W.dtype if W.ndim == 3 else torch.promote_types(W.dtype, torch.float32)
+    product = torch.baddbmm if W.ndim == 3 else torch.addmm
     with torch.autocast(W.device.type, enabled=False):
-        return product(W, B.to(W.dtype), A.to(W.dtype))
+        return product(W.to(dtype), B.to(dtype), A.to(dtype)).to(W.dtype)
