@@ -238,7 +238,6 @@ def plot(path: Path, results: dict[str, dict], window: int = 5) -> None:
         axes.plot(steps, smooth, label=f"{name} (lr {found['lr']})", color=colours(i), lw=1.4)
     axes.set_xlabel("step")
     axes.set_ylabel(f"training loss, median of seeds, mean of {window} steps")
-    axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=2)
