@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lowrank.adapter_file import read_tensors
 from lowrank.config import LoraConfig, PeftConfig
 from lowrank.errors import AdapterNameError, HotswapError, did_you_mean, listed
+from lowrank.factors import with_rank
 from lowrank.fingerprint import check_base as check_fingerprint
-from lowrank.layer import LoraLayer, with_rank
+from lowrank.layer import LoraLayer
 from lowrank.lora import initial_magnitude, scaling_for
 from lowrank.matching import pattern_value
 from lowrank.state import adapter_keys

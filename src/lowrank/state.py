@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, AdapterMismatchError, MergeError, did_you_mean
+from lowrank.factors import with_rank
 from lowrank.hub import adapter_file
-from lowrank.layer import LoraLayer, with_rank
+from lowrank.layer import LoraLayer
 from lowrank.saved_module import ModulesToSaveWrapper
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import base_biases, inner, lora_chains, lora_layers, mergeable, wrappers
