@@ -25,6 +25,7 @@ ROWS: list[tuple[int, str]] = [
     (1, "kernels"),
     (2, "bases init"),
     (3, "dora_norm factors routing layer_replication"),
+    (3, "output_change"),
     (3, "mixed_batch"),
     (3, "architectures adapter_file saved_module layer"),
     (3, "trainable_tokens"),

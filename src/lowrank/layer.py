@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lowrank.bases.kinds import EMBEDDING, EXPERTS, Kind
-from lowrank.dora_norm import known_norm
 from lowrank.errors import AdapterNameError, InitDataError, MergeError, ShapeError
 from lowrank.factors import Factor
 from lowrank.init import WAITS_FOR, Init, Start, init_named, of_experts, taken_out
-from lowrank.kernels.low_rank_add import low_rank_weight
 from lowrank.lora import (
     Lora,
     check_shapes,
@@ -24,6 +22,7 @@ from lowrank.lora import (
     weight_change,
 )
 from lowrank.mixed_batch import mixed_forward
+from lowrank.output_change import add_output_change, weights_with
 from lowrank.routing import Routing
 
 
@@ -68,7 +67,7 @@ class LoraLayer(nn.Module):
         self._active: list[str] = []
         self._disabled = False
         self._initial_scaling: dict[str, float] = {}
-        self._norms: dict[str, Any] = {}  # what DoRA's forward remembers
+        self.norms: dict[str, Any] = {}  # what DoRA's forward remembers
         self._unmerged: Any = None  # snapshot of the weight and bias while something is merged
         # the weight that is not in its place now: the original under LoftQ's quantised one, or, while the
         # adapters are disabled, the quantised one
@@ -88,7 +87,7 @@ class LoraLayer(nn.Module):
             if self.kind.weight_taken and name in (self.kind.weight, self.kind.bias):
                 # whoever takes the weight to compute with it, as MultiheadAttention does with its
                 # out_proj, gets the one with the adapters in it
-                return self._weights_with(self._live()).get(name, getattr(base, name))
+                return weights_with(self, self._live()).get(name, getattr(base, name))
             return getattr(base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -262,7 +261,7 @@ class LoraLayer(nn.Module):
             self._initial_scaling,
         ):
             del values[name]
-        self._norms.pop(name, None)
+        self.norms.pop(name, None)
         self.routing.invocations.pop(name, None)
         self._active = [active for active in self._active if active != name]
         if not self.r:
@@ -493,7 +492,7 @@ class LoraLayer(nn.Module):
         if self.kind.op is None:
             replaced: dict[str, Tensor] = {}
             for layer in self.chain():
-                replaced |= layer._weights_with(layer._live())
+                replaced |= weights_with(layer, layer._live())
             base = self.get_base_layer()
             return (
                 functional_call(base, replaced, args, kwargs) if replaced else base(*args, **kwargs)
@@ -504,83 +503,8 @@ class LoraLayer(nn.Module):
         y = base_output = self.base_layer(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear calls it `input`
         for name in names:
-            y = self.add_output_change(name, x, base_output, y)
+            y = add_output_change(self, name, x, base_output, y)
         return y
-
-    def add_output_change(
-        self,
-        name: str,
-        x: Tensor,
-        base_output: Tensor,
-        y: Tensor,
-        rows: list[int] | None = None,
-    ) -> Tensor:
-        """`y` and what the adapter adds to the base layer's output, in y's dtype. rows: those in x; None: all."""
-        op, lora, base = self.kind.op, self.lora(name), self.base_layer
-        assert op is not None
-        # the small A and B take the dtype of the large x, never the reverse
-        dtype = x.dtype if op.floating else y.dtype
-        h = op.down(base, x, lora.A.to(dtype), self.lora_dropout[name])
-        on = self.routing.activation(name, h, rows)
-        h = h if on is None else h * on
-        scaling = lora.scaling
-        if isinstance(scaling, Tensor):  # low_rank_add takes a number
-            h, scaling = h * scaling, 1.0
-        along = [1] * y.ndim
-        along[op.channel(base)] = -1
-        start = y if lora.magnitude is None else base_output
-        if op.up_onto and lora.bias is None:
-            changed = op.up_onto(start, h.to(y.dtype), lora.B.to(y.dtype), scaling)
-        else:
-            z = op.up(base, h * scaling, lora.B.to(h.dtype)).to(y.dtype)
-            if lora.bias is not None:
-                bias = (lora.bias * lora.scaling).to(y.dtype).view(along)
-                z = z + (bias if on is None else bias * on)
-            changed = start + z
-        if lora.magnitude is None:
-            return changed
-        changed = self._with_magnitude(name, lora, changed, along)
-        return changed if y is base_output else y + (changed - base_output)
-
-    def _with_magnitude(self, name: str, lora: Lora, y: Tensor, along: list[int]) -> Tensor:
-        """DoRA: c·(y − b) + b with c = m / ‖W + ΔW‖, from y = (W + ΔW)x + b (Liu et al. 2024, eq. 5)."""
-        base = self.base_layer
-        held = self._unmerged[0] if self._unmerged else base.get_parameter(self.kind.weight)
-        norm = known_norm(self._norms, name, held, self.unmerged_weight, lora)
-        assert lora.magnitude is not None
-        c = (lora.magnitude / norm).view(along)
-        bias = getattr(base, self.kind.bias, None)
-        bias = None if bias is None else bias.to(y.dtype).view(along)
-        y = y if bias is None else y - bias
-        high = c.to(y.dtype)
-        scaled = y * high if bias is None else torch.addcmul(bias, y, high)
-        if high.dtype == c.dtype:
-            return scaled
-        # in bfloat16 a c near 1 would be 1: the rest of c comes after it
-        return torch.addcmul(scaled, y, (c - high).to(y.dtype).detach())
-
-    def _weights_with(self, names: list[str]) -> dict[str, Tensor]:
-        """The base layer's weight, and its bias if one changes, with the adapters in them; with autograd."""
-        if not names:
-            return {}
-        base = self.get_base_layer()
-        store = self.kind.store(base)
-        W, original = store.read(), self.unmerged_weight()
-        loras = [self.lora(name) for name in names]
-        if all(lora.magnitude is None for lora in loras):
-            check_shapes(W.shape, loras[0])
-            A = torch.cat([lora.A for lora in loras], -2)
-            B = torch.cat([lora.B * lora.scaling for lora in loras], -1)
-            changed = low_rank_weight(W, A, B)
-        else:
-            changed = (W + sum(weight_change(original, lora) for lora in loras)).to(W.dtype)
-        found = {self.kind.weight: store.shaped(changed)}
-        biases = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
-        if biases:
-            bias = getattr(base, self.kind.bias)
-            start = torch.zeros_like(biases[0]) if bias is None else bias
-            found[self.kind.bias] = sum(biases, start).to(W.dtype)
-        return found
 
     # --- merge ------------------------------------------------------------------------------------
 
@@ -691,6 +615,12 @@ class LoraLayer(nn.Module):
         if self._unmerged[1] is not None:
             found[f"{base}{self.kind.bias}"] = self._unmerged[1]
         return found
+
+    def unmerged_parameter(self) -> Tensor:
+        """The parameter that holds `unmerged_weight()`, or the snapshot of it while something is merged."""
+        if self._unmerged is not None:
+            return self._unmerged[0]
+        return self.base_layer.get_parameter(self.kind.weight)
 
     def unmerged_weight(self) -> Tensor:
         """W (out, in) without any adapter in it; under LoftQ the quantised one, on which its adapter stands."""

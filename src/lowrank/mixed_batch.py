@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import RowsError
+from lowrank.output_change import add_output_change
 from lowrank.routing import Routing, blocks, groups, index
 
 
@@ -96,7 +97,7 @@ def _one_adapter(
 ) -> Tensor:
     chosen = repeated(rows, x, count, type(layer.base_layer).__name__)
     part = y[chosen]
-    return y.index_copy(0, chosen, layer.add_output_change(name, x[chosen], part, part, rows))
+    return y.index_copy(0, chosen, add_output_change(layer, name, x[chosen], part, part, rows))
 
 
 def by_adapter(

@@ -1,0 +1,87 @@
+"""What adapters add to one layer's output, or to the weight that it runs with. `layer` is a LoraLayer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.dora_norm import known_norm
+from lowrank.kernels.low_rank_add import low_rank_weight
+from lowrank.lora import Lora, check_shapes, weight_change
+
+
+def add_output_change(
+    layer: Any,
+    name: str,
+    x: Tensor,
+    base_output: Tensor,
+    y: Tensor,
+    rows: list[int] | None = None,
+) -> Tensor:
+    """`y` and what the adapter adds to the base layer's output, in y's dtype. rows: those in x; None: all."""
+    op, lora, base = layer.kind.op, layer.lora(name), layer.base_layer
+    assert op is not None
+    # the small A and B take the dtype of the large x, never the reverse
+    dtype = x.dtype if op.floating else y.dtype
+    h = op.down(base, x, lora.A.to(dtype), layer.lora_dropout[name])
+    on = layer.routing.activation(name, h, rows)
+    h = h if on is None else h * on
+    scaling = lora.scaling
+    if isinstance(scaling, Tensor):  # low_rank_add takes a number
+        h, scaling = h * scaling, 1.0
+    along = [1] * y.ndim
+    along[op.channel(base)] = -1
+    start = y if lora.magnitude is None else base_output
+    if op.up_onto and lora.bias is None:
+        changed = op.up_onto(start, h.to(y.dtype), lora.B.to(y.dtype), scaling)
+    else:
+        z = op.up(base, h * scaling, lora.B.to(h.dtype)).to(y.dtype)
+        if lora.bias is not None:
+            bias = (lora.bias * lora.scaling).to(y.dtype).view(along)
+            z = z + (bias if on is None else bias * on)
+        changed = start + z
+    if lora.magnitude is None:
+        return changed
+    changed = _with_magnitude(layer, name, lora, changed, along)
+    return changed if y is base_output else y + (changed - base_output)
+
+
+def _with_magnitude(layer: Any, name: str, lora: Lora, y: Tensor, along: list[int]) -> Tensor:
+    """DoRA: c·(y − b) + b with c = m / ‖W + ΔW‖, from y = (W + ΔW)x + b (Liu et al. 2024, eq. 5)."""
+    base = layer.base_layer
+    norm = known_norm(layer.norms, name, layer.unmerged_parameter(), layer.unmerged_weight, lora)
+    assert lora.magnitude is not None
+    c = (lora.magnitude / norm).view(along)
+    bias = getattr(base, layer.kind.bias, None)
+    bias = None if bias is None else bias.to(y.dtype).view(along)
+    y = y if bias is None else y - bias
+    high = c.to(y.dtype)
+    scaled = y * high if bias is None else torch.addcmul(bias, y, high)
+    if high.dtype == c.dtype:
+        return scaled
+    # in bfloat16 a c near 1 would be 1: the rest of c comes after it
+    return torch.addcmul(scaled, y, (c - high).to(y.dtype).detach())
+
+
+def weights_with(layer: Any, names: list[str]) -> dict[str, Tensor]:
+    """The base layer's weight, and its bias if one changes, with the adapters in them; with autograd."""
+    if not names:
+        return {}
+    base = layer.get_base_layer()
+    store = layer.kind.store(base)
+    W, original = store.read(), layer.unmerged_weight()
+    loras = [layer.lora(name) for name in names]
+    if all(lora.magnitude is None for lora in loras):
+        check_shapes(W.shape, loras[0])
+        A = torch.cat([lora.A for lora in loras], -2)
+        B = torch.cat([lora.B * lora.scaling for lora in loras], -1)
+        changed = low_rank_weight(W, A, B)
+    else:
+        changed = (W + sum(weight_change(original, lora) for lora in loras)).to(W.dtype)
+    found = {layer.kind.weight: store.shaped(changed)}
+    biases = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
+    if biases:
+        bias = getattr(base, layer.kind.bias)
+        start = torch.zeros_like(biases[0]) if bias is None else bias
+        found[layer.kind.bias] = sum(biases, start).to(W.dtype)
+    return found
