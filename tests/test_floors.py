@@ -20,7 +20,7 @@ DOCS = PACKAGE.parents[1] / "docs" / "architecture.md"
 # (floor, what stands there); a row imports only rows above it in this list
 ROWS: list[tuple[int, str]] = [
     (0, "errors files log"),
-    (0, "hub init_config lora tensor_files"),
+    (0, "hub init_config lora rounding tensor_files"),
     (0, "config task_arithmetic"),
     (1, "kernels"),
     (2, "bases init"),
@@ -47,7 +47,7 @@ ROWS: list[tuple[int, str]] = [
     (5, "peft"),
     (5, "auto merge_plan"),
     (5, "extract merge_files"),
-    (5, "merge"),
+    (5, "merge merge_inputs"),
     (5, "train verify"),
     (6, "report"),
     (6, "cli"),

@@ -7,13 +7,24 @@ import pytest
 import tiny
 import torch
 import transformers
-from folders import WORDS, rewrite, tensors_of, write_adapter_for, write_base, write_tokenizer
+from folders import (
+    WORDS,
+    InProcess,
+    rewrite,
+    tensors_of,
+    write_adapter_for,
+    write_base,
+    write_tokenizer,
+)
+from safetensors.torch import save_file
 from tiny import merged_by_hand
 
 from lowrank import LoraConfig, get_peft_model
 from lowrank.errors import AdapterMismatchError, BaseMismatchError, MergeError
 from lowrank.merge import merge_to_folder
+from lowrank.merge_inputs import input_covariances
 from lowrank.model_folder import TASKS, ModelFolderError, is_tied, load_model
+from lowrank.verify import verify
 
 MODELS = {
     "llama": (tiny.llama, "CAUSAL_LM", ["q_proj", "down_proj"]),
@@ -423,3 +434,87 @@ def test_tensors_that_the_base_keeps_wider_stay_so(tmp_path):
     wide = {name for name, tensor in M.items() if tensor.dtype == torch.float32}
     assert wide == {"model.norm.weight", "model.layers.0.self_attn.q_proj.weight"}
     assert torch.equal(M["model.norm.weight"], tensors["model.norm.weight"])
+
+
+# --- rounding for the outputs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rounded_for_inputs(tmp_path, name):
+    """Against the layers' inputs, collected here by hooks on base + adapter in float64; and verify accepts it."""
+    build, task, targets = MODELS[name]
+    base = write_base(build(), tmp_path / "base", torch.bfloat16, tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", task, target_modules=targets, scale=0.1)
+    examples = [{"input_ids": torch.randint(1, 93, (40,)), "labels": [0]} for _ in range(6)]
+    covariances = input_covariances(base, adapter, examples)
+    near = merge_to_folder(base, adapter, tmp_path / "near")
+    result = merge_to_folder(base, adapter, tmp_path / "out", covariances=covariances)
+    assert (near.rounding_for, result.rounding_for) == ("entries", "inputs")
+
+    truth = merged_by_hand(
+        load_model(base, task, dtype=torch.float32).model, tensors_of(adapter), 5 / 3
+    )
+    seen: dict[str, list] = {path: [] for path in covariances}
+    for path in covariances:
+        truth.get_submodule(path).register_forward_pre_hook(
+            lambda m, inputs, path=path: seen[path].append(inputs[0].flatten(0, -2))
+        )
+    with torch.no_grad():
+        for example in examples:
+            truth(input_ids=example["input_ids"][None])
+    W, N, M = (
+        load_model(tmp_path / part, task).model.state_dict() for part in ("base", "near", "out")
+    )
+    rows = {row.name: row for row in result.rounding}
+    assert rows.keys() == {f"{path}.weight" for path in covariances}
+    total = {"near": 0.0, "out": 0.0}
+    for path, C in covariances.items():
+        X = torch.cat(seen[path])
+        torch.testing.assert_close(C.double(), X.T @ X / len(X), rtol=0.1, atol=0.05)
+        key = f"{path}.weight"
+        exact = truth.state_dict()[key]
+        errors = {"near": N[key].double() - exact, "out": M[key].double() - exact}
+        held = (lambda E: E.T) if name == "gpt2" else (lambda E: E)
+        change = (held(exact - W[key].double()) @ X.T).norm()
+        for which, E in errors.items():
+            total[which] += (held(E) @ X.T).norm().item() ** 2
+        assert rows[key].outputs == pytest.approx(
+            ((held(errors["out"]) @ X.T).norm() / change).item(), rel=0.15
+        )
+        assert rows[key].loss == pytest.approx(
+            (errors["out"].norm() / (exact - W[key].double()).norm()).item(), rel=1e-2
+        )
+        ulp = torch.finfo(torch.bfloat16).eps * exact.abs()
+        assert (errors["out"].abs() <= ulp + 1e-9).all()
+    assert total["out"] < {"llama": 0.9, "gpt2": 0.5}[name] * total["near"]  # squares
+
+
+def test_verify_knows_that_a_merge_was_rounded_for_inputs(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank.verify._start_probe", InProcess)
+    base = write_base(tiny.llama(), tmp_path / "base", torch.bfloat16)
+    adapter = write_adapter_for(
+        base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"], scale=4e-3
+    )
+    examples = [{"input_ids": torch.arange(1, 60)}]
+    covariances = input_covariances(base, adapter, examples)
+    merge_to_folder(base, adapter, tmp_path / "out", covariances=covariances)
+    assert verify(base, adapter, tmp_path / "out").passed
+    tensors = tensors_of(tmp_path / "out")
+    rewrite(tmp_path / "out", tensors)  # the same tensors, without the mark
+    assert not verify(base, adapter, tmp_path / "out").passed
+    small = write_adapter_for(
+        base, tmp_path / "small", "CAUSAL_LM", target_modules=["q_proj"], scale=1e-3
+    )
+    merge_to_folder(base, small, tmp_path / "lost", covariances=covariances)
+    marked = {"format": "pt", "lowrank.rounding": "inputs"}
+    save_file(tensors_of(base), tmp_path / "lost" / "model.safetensors", metadata=marked)
+    assert not verify(base, small, tmp_path / "lost").passed  # the base's own values are neighbours
+
+
+def test_covariances_of_something_else_are_refused(tmp_path):
+    base = write_base(tiny.llama(), tmp_path / "base", tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(MergeError, match="no adapted layer: lm_head"):
+        merge_to_folder(base, adapter, tmp_path / "out", covariances={"lm_head": torch.eye(24)})
+    with pytest.raises(MergeError, match="no examples"):
+        input_covariances(base, adapter, [])

@@ -306,17 +306,22 @@ class Loss(NamedTuple):
     rounding_norm: float  # ‖round(W+ΔW) − (W+ΔW)‖, Frobenius
 
 
-def loss(M: Tensor, change: Change) -> Loss:
+def loss(M: Tensor, change: Change, either_neighbour: bool = False) -> Loss:
     """Compare `M`, any float dtype and of the change's shape, with the change in float64.
 
     An element is right when it is as near to the exact value as M's dtype allows (and 16 units in
     the last place of float32, for a sum taken there); only what is beyond that is an error. `error`
     is that of the worst row, so that a few forgotten rows of a large table count in full.
+    either_neighbour: an element is also right as the dtype's next value on the other side of the exact one; then
+    `present` has to show that the change is there.
     """
     exact, delta = change.after, change.after - change.before
     rounded = exact.to(M.dtype).double()
     slack = 16 * torch.finfo(torch.float32).eps * exact.abs()
-    excess = (M.double() - exact).abs() - (rounded - exact).abs() - slack
+    allowed = (rounded - exact).abs()
+    if either_neighbour:
+        allowed = torch.maximum(allowed, _other_neighbour(exact, M.dtype))
+    excess = (M.double() - exact).abs() - allowed - slack
     excess = torch.where(excess.isnan(), torch.inf, excess.clamp_min(0))
     error, row = _worst_row(excess, delta)
     change_norm = delta.norm().item()
@@ -332,6 +337,13 @@ def loss(M: Tensor, change: Change) -> Loss:
         change_norm=change_norm,
         rounding_norm=rounding_norm,
     )
+
+
+def _other_neighbour(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far the value in `dtype` on the other side of `exact` than its nearest is, by entry."""
+    rounded = exact.to(dtype)
+    towards = torch.where(rounded.double() > exact, -torch.inf, torch.inf).to(dtype)
+    return (torch.nextafter(rounded, towards).double() - exact).abs()
 
 
 def _worst_row(excess: Tensor, delta: Tensor) -> tuple[float, int]:

@@ -18,8 +18,9 @@ from lowrank.errors import MergeError
 from lowrank.expected import Change, changes, loss, transposed_weights
 from lowrank.log import logger
 from lowrank.merge_files import Rounding, one_thread_each, write_files
-from lowrank.merge_plan import NeedsModel, merge_plan
+from lowrank.merge_plan import MergePlan, NeedsModel, merge_plan
 from lowrank.model_folder import (
+    ROUNDING_KEY,
     NoSkeletonError,
     file_of,
     has_tokenizer,
@@ -62,6 +63,7 @@ class MergedFolder:
     tokenizer: str | None  # the folder its tokenizer came from; None: neither has one
     rounding: list[Rounding]  # every changed tensor, the costliest first
     overall_rounding: float  # as Rounding.loss, over all of them together
+    rounding_for: str = "entries"  # or "inputs"
     built: str | None = None  # why the whole model had to be loaded; None: its files were streamed
 
 
@@ -72,6 +74,7 @@ def merge_to_folder(
     *,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
+    covariances: Mapping[str, Tensor] | None = None,
 ) -> MergedFolder:
     """Write base + adapter as one model folder, for transformers and whoever reads its format.
 
@@ -83,6 +86,9 @@ def merge_to_folder(
     dtype: "float32", "bfloat16" or "float16"; None keeps the base's, tensor by tensor. The sum is
     taken in float32 (float64 for float32) and rounded once; what that costs is in the result. The tokenizer comes
     from the adapter's folder if one is saved there, else from the base's.
+    covariances: of the inputs of the adapted linear layers, as `merge_inputs.input_covariances` gives them. Their
+    weights are then rounded down or up, to 16 bits, so that W′x stays near the exact one for such x; every entry is
+    within one unit in the last place, but by `Rounding.loss` alone this looks worse than rounding to the nearest.
     `out` appears when it is complete, in one rename. Raises MergeError if `out` exists and is not
     empty (unless `overwrite`), if a merged weight is not finite, or if the layers cannot be merged.
     """
@@ -95,7 +101,7 @@ def merge_to_folder(
     base = base_of(file.config, base)
     revision = getattr(file.config, "revision", None)
     task = task_of(base, file.config.task_type, revision)
-    job = _Job(str(base), str(adapter), file, task, revision, target)
+    job = _Job(str(base), str(adapter), file, task, revision, target, covariances or {})
 
     with _complete_folder(out) as folder:
         try:
@@ -103,6 +109,10 @@ def merge_to_folder(
                 written, built = _streamed(job, folder, workers), None
         except NeedsModel as reason:
             built = str(reason)
+            if covariances:
+                raise MergeError(
+                    f"Rounding for inputs works on files alone, and {reason}."
+                ) from reason
             logger.warning("%s: loading the whole model to merge, since %s.", base, reason)
             for rest in folder.iterdir():
                 rest.unlink()
@@ -122,6 +132,7 @@ def merge_to_folder(
         tokenizer=tokenizer,
         rounding=rounding,
         overall_rounding=(noise / change) ** 0.5 if change else 0.0,
+        rounding_for="inputs" if covariances else "entries",
         built=built,
     )
 
@@ -133,6 +144,7 @@ class _Job(NamedTuple):
     task: str
     revision: str | None
     dtype: torch.dtype | None
+    covariances: Mapping[str, Tensor]
 
 
 class _Written(NamedTuple):
@@ -151,7 +163,11 @@ def _streamed(job: _Job, folder: Path, workers: int) -> _Written:
     if stored is None:
         raise NeedsModel("the base has no safetensors files")
     plan = merge_plan(model, stored.tensors, job.file, job.adapter, job.dtype)
-    rounding = write_files(plan, stored.metadata, folder, workers)
+    metadata = stored.metadata
+    if job.covariances:
+        plan = _with_covariances(plan, job.covariances)
+        metadata = {name: {**metadata[name], ROUNDING_KEY: "inputs"} for name in plan.files}
+    rounding = write_files(plan, metadata, folder, workers, for_inputs=bool(job.covariances))
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = plan.dtype if job.dtype or config.dtype is None else config.dtype
@@ -160,6 +176,22 @@ def _streamed(job: _Job, folder: Path, workers: int) -> _Written:
         if model.can_generate() and file_of(job.base, GENERATION, job.revision) is None:
             model.generation_config.save_pretrained(folder)
     return _Written(rounding, plan.dtype, plan.untied)
+
+
+def _with_covariances(plan: MergePlan, covariances: Mapping[str, Tensor]) -> MergePlan:
+    left = dict(covariances)
+    files = {
+        file: [
+            part._replace(covariance=left.pop(part.in_model.removesuffix(".weight"), None))
+            if part.lora is not None
+            else part
+            for part in parts
+        ]
+        for file, parts in plan.files.items()
+    }
+    if left:
+        raise MergeError(f"covariances of what is no adapted layer: {', '.join(sorted(left)[:5])}.")
+    return plan._replace(files=files)
 
 
 def _in_model(job: _Job, folder: Path) -> _Written:

@@ -23,6 +23,7 @@ from torch import Tensor
 from lowrank.errors import MergeError
 from lowrank.lora import Lora, add_change_, delta_norm, unrounded_merged_weight
 from lowrank.merge_plan import MergePlan, Part
+from lowrank.rounding import rounded_for_inputs
 from lowrank.tensor_files import (
     DTYPES,
     Entry,
@@ -47,6 +48,7 @@ class Rounding:
     dtype: str
     loss: float  # ‖round(W+ΔW) − (W+ΔW)‖ / ‖ΔW‖: 0.02 means noise of 2% of the adapter's change
     change: float  # ‖ΔW‖, Frobenius
+    outputs: float | None = None  # ‖E·x‖ / ‖ΔW·x‖ over the given inputs, E the rounding error
 
 
 @torch.no_grad()
@@ -55,11 +57,12 @@ def write_files(
     metadata: Mapping[str, Mapping[str, str]],
     folder: Path,
     workers: int = 1,
+    for_inputs: bool = False,
 ) -> list[Rounding]:
     """Write every file of `plan` into `folder`, and an index if they are several. In the plan's order: the rounding
     of the changed tensors.
 
-    metadata: of each file's header. Raises MergeError, with all of them, if merged numbers are not finite.
+    metadata: of each file's header. for_inputs: round parts that have a covariance for their inputs. Raises MergeError, with all of them, if merged numbers are not finite.
     """
     with ExitStack() as stack:
         jobs = []
@@ -70,7 +73,7 @@ def write_files(
             file = stack.enter_context(opened(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL))
             os.truncate(file, place.bytes)
             write_bytes(file, memoryview(place.head), 0)
-            jobs += [_Job(part, file, place.start[part.name]) for part in parts]
+            jobs += [_Job(part, file, place.start[part.name], for_inputs) for part in parts]
         sources = {
             path: stack.enter_context(opened(path))
             for path in {j.part.source.file for j in jobs if isinstance(j.part.source, Entry)}
@@ -102,6 +105,7 @@ class _Job:
     part: Part
     file: int
     start: int
+    for_inputs: bool
 
     def run(self, sources: Mapping[Path, int], scratch: threading.local) -> _Result:
         part = self.part
@@ -115,23 +119,34 @@ class _Job:
         wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
         total, width = math.prod(part.shape), _width(part.shape)
         rows = max(1, _BLOCK // max(1, width))
-        if part.transposed and part.lora is not None and part.lora.magnitude is not None:
-            rows = max(1, total)  # DoRA's norms run over what is the first dimension here
+        if part.covariance is not None:
+            rows = max(1, _BLOCK * 64 // max(1, width))  # columns are gone through one by one
+        if part.transposed and (part.covariance is not None or _is_dora(part)):
+            rows = max(
+                1, total
+            )  # DoRA's norms, and inputs, run over what is the first dimension here
         read = self._reader(sources, width, scratch)
         sums = _buffer(scratch, wide, "sum", min(total, rows * width))
         out = _buffer(scratch, dtype, "out", min(total, rows * width))
         height = total // width if width else 0
         step = max(1, total // _MEASURED)
-        noise = change = measured = largest = 0.0
+        noise = change = measured = largest = noise_out = change_out = 0.0
+        C = part.covariance
         for i, first in enumerate(range(0, height, rows)):
             count = min(rows, height - first)
             before = read(first, count)
             exact = _merged(part, before, first, sums[: count * width].view(count, width))
             rounded = out[: count * width].view(count, width).copy_(exact)
+            if C is not None and self.for_inputs and dtype.itemsize == 2:
+                best = rounded_for_inputs(exact.T if part.transposed else exact, C, dtype)
+                rounded.copy_(best.T if part.transposed else best)
             if not _surely_finite(exact, rounded) and not rounded.isfinite().all():
                 largest = max(largest, exact.abs().max().item()) or math.nan
             write_bytes(self.file, _memory(rounded), self.start + first * width * dtype.itemsize)
-            if part.changed and i % step == 0:
+            if C is not None:
+                noise_out += _through(C, exact - rounded, part.transposed)
+                change_out += _through(C, exact - before, part.transposed)
+            if part.changed and (i % step == 0 or C is not None):
                 noise += (exact - rounded).square().sum().item()
                 change += (exact - before).square().sum().item()
                 measured += exact.numel()
@@ -143,7 +158,8 @@ class _Job:
             norm = delta_norm(part.lora)
         cost = math.sqrt(noise * total / measured) / norm if norm else 0.0
         name = str(dtype).removeprefix("torch.")
-        return _Result(Rounding(part.in_model, name, cost, norm), not_finite)
+        outputs = None if C is None else math.sqrt(noise_out / change_out) if change_out else 0.0
+        return _Result(Rounding(part.in_model, name, cost, norm, outputs), not_finite)
 
     def _reader(
         self, sources: Mapping[Path, int], width: int, scratch: threading.local
@@ -196,6 +212,16 @@ def _surely_finite(exact: Tensor, rounded: Tensor) -> bool:
     """Whether a sum, which is quick, shows that all of `rounded` is finite; False if it does not."""
     narrow = rounded.dtype == torch.float16  # what float32 holds may be too large for it
     return abs((rounded if narrow else exact).sum().item()) < 1e38
+
+
+def _is_dora(part: Part) -> bool:
+    return part.lora is not None and part.lora.magnitude is not None
+
+
+def _through(C: Tensor, E: Tensor, transposed: bool) -> float:
+    """The mean of ‖E·x‖² over inputs with the covariance C."""
+    E = E.T if transposed else E
+    return max(0.0, ((E @ C.to(E.dtype)) * E).sum().item())
 
 
 def _width(shape: Sequence[int]) -> int:

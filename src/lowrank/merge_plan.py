@@ -43,6 +43,7 @@ class Part(NamedTuple):
     lora: Lora | None = None  # with factors in float32 or wider
     transposed: bool = False  # the source is (in, out)
     add: Tensor | None = None  # a change that is known itself, as a bias has it
+    covariance: Tensor | None = None  # of the layer's inputs, (in, in)
 
     @property
     def shape(self) -> tuple[int, ...]:

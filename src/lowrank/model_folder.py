@@ -37,6 +37,9 @@ ENDINGS = {
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+ROUNDING_KEY = (
+    "lowrank.rounding"  # in a merged file's metadata: "inputs" where not every entry is the nearest
+)
 
 
 class ModelFolderError(LowrankError, ValueError):

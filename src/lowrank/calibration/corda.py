@@ -89,7 +89,7 @@ def _covariances(
         )
     hooked = model if hooked_model is None else hooked_model
     watched = {path: p for path, p in planned(hooked, config).items() if path in places}
-    collection = _Collection(watched, options.use_float16_for_covariance)
+    collection = Covariances(watched, options.use_float16_for_covariance)
     with undisturbed(hooked, training=False), watching(watched, collection.see):
         run_model()
     refuse_never_called([path for path in places if not collection.count_of(path)])
@@ -103,7 +103,7 @@ def _covariances(
     return found
 
 
-class _Collection:
+class Covariances:
     """The mean of x·xᵀ over the rows x of each distinct input."""
 
     def __init__(self, places: Mapping[str, Place], float16: bool):

@@ -6,12 +6,13 @@ merged folder does not pass the verification.
 
   lowrank merge embedded runs/intents runs/intents-merged --data embedded:intents
   lowrank merge runs/intents runs/intents-merged --dtype float32
+  lowrank merge llama runs/intents runs/intents-merged --round-for intents.jsonl
 """
 
 import argparse
 import sys
 
-from lowrank.cli.verify import add_evidence, add_folders, base_path, verify_and_show
+from lowrank.cli.verify import add_evidence, add_folders, base_path, examples, verify_and_show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of the merged weights (the base's own; the sum is taken in float32 in any case)",
+    )
+    parser.add_argument(
+        "--round-for",
+        nargs="+",
+        metavar="JSONL",
+        help="round so that the outputs on rows like these stay near (the base is loaded and run on them); "
+        "or embedded:NAME, its training part",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-verify", action="store_true", help="only write")
@@ -32,8 +40,20 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.report import text
 
     base = base_path(args)
+    covariances = None
+    if args.round_for:
+        from lowrank.merge_inputs import input_covariances
+
+        covariances = input_covariances(
+            base, args.adapter, examples(args.round_for, args.adapter, base, "train")
+        )
     written = merge_to_folder(
-        base, args.adapter, args.out, dtype=args.dtype, overwrite=args.overwrite
+        base,
+        args.adapter,
+        args.out,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        covariances=covariances,
     )
     text.show(text.merged(written), sys.stderr if args.json == "-" else None)
     if args.no_verify:

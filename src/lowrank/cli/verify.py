@@ -73,7 +73,7 @@ def verify_and_show(base: str, adapter: str, merged: str, args: argparse.Namespa
     from lowrank.report.data import to_json
     from lowrank.verify import verify
 
-    inputs = _examples(args.data, adapter, base) if args.data else None
+    inputs = examples(args.data, adapter, base, "test") if args.data else None
     result = verify(base, adapter, merged, inputs=inputs, tolerance=args.tolerance)
     written = json.dumps(to_json(result), indent=2, ensure_ascii=False)
     if args.json == "-":
@@ -85,14 +85,15 @@ def verify_and_show(base: str, adapter: str, merged: str, args: argparse.Namespa
     return 0 if result.passed else 1
 
 
-def _examples(names: list[str], adapter: str, base: str) -> list[dict[str, Any]]:
+def examples(names: list[str], adapter: str, base: str, split: str) -> list[dict[str, Any]]:
+    """Rows of data as token ids; split: which part of embedded data."""
     from lowrank.cli.opening import context_length, open_rows, open_tokenizer
     from lowrank.model_folder import has_tokenizer, load_config
     from lowrank.train.encode import encode
 
     tokenizer = open_tokenizer(adapter if has_tokenizer(adapter) else base)
     length = context_length(load_config(base), None)
-    return encode(open_rows(names, "test"), tokenizer, max_length=length).examples
+    return encode(open_rows(names, split), tokenizer, max_length=length).examples
 
 
 def _share(word: str) -> float:

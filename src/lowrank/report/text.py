@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import statistics
 import sys
 from typing import IO, Any
 
@@ -56,7 +57,7 @@ def merged(m: MergedFolder) -> RenderableType:
     facts = [
         ("written", f"{m.path} ({amount(m.total_bytes, 'B')}, {m.dtype})"),
         ("from", f"{m.base} + {m.adapter}"),
-        ("rounding", _rounding(m.overall_rounding, *worst)),
+        ("rounding", _rounding(m.overall_rounding, *worst) + _for_inputs(m)),
         (
             "tokenizer",
             f"from {m.tokenizer}" if m.tokenizer else "none: neither base nor adapter has one",
@@ -119,6 +120,13 @@ def _tensor_facts(v: Verification) -> list[tuple[str, str]]:
     if v.outputs is not None:
         facts.append(("inputs", f"{v.outputs.source}, {v.outputs.positions} positions compared"))
     return facts
+
+
+def _for_inputs(m: MergedFolder) -> str:
+    measured = [row.outputs for row in m.rounding if row.outputs is not None]
+    if not measured:
+        return ""
+    return f"; of its outputs on the given inputs, {percent(statistics.median(measured))} (median layer)"
 
 
 def _rounding(overall: float | None, worst: float | None, name: str | None) -> str:

@@ -11,12 +11,22 @@ from torch import Tensor
 from lowrank.expected import Change, loss
 from lowrank.verify.result import TENSOR_TOLERANCE, TensorCheck
 
+PRESENCE_TOLERANCE = (
+    0.05  # where entries may be either neighbour, of which one may be the base's own
+)
+
 
 class Tally:
     """Checks tensor by tensor, so that only one pair of float64 tensors is held at a time."""
 
-    def __init__(self, base: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
-        """base, merged: state dicts, tied names each listed; base in its exact values."""
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        merged: Mapping[str, Tensor],
+        either_neighbour: bool = False,
+    ) -> None:
+        """base, merged: state dicts, tied names each listed; base in its exact values. either_neighbour: as `loss`."""
+        self.either_neighbour = either_neighbour
         self.base, self.merged = base, merged
         self.checks: list[TensorCheck] = []
         self.missing: list[str] = []
@@ -42,10 +52,12 @@ class Tally:
         M = self._found(change.name, change.after.shape, role)
         if M is None:
             return
-        result = loss(M, change)
+        result = loss(M, change, self.either_neighbour and not change.saved)
         problem = ""
         if result.error > TENSOR_TOLERANCE:
             problem = f"off by {result.overall_error:.2g} ‖ΔW‖, most in row {result.row}"
+        elif self.either_neighbour and abs(result.present - 1) > PRESENCE_TOLERANCE:
+            problem = f"{result.present:.3g} of the adapter's change is there"
         if not change.saved:
             self.noise += result.rounding_norm**2
             self.change += result.change_norm**2
