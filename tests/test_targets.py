@@ -630,3 +630,22 @@ def test_initialisations_from_inputs_are_refused_where_no_input_is_seen():
         else:
             with pytest.raises(TargetError, match="groups of this convolution"):
                 plan(ConvNet(), config)
+
+
+class _Attention(nn.Module):
+    def __init__(self, added: bool):
+        super().__init__()
+        self.to_q = nn.Linear(7, 5)
+        self.add_k_proj = nn.Linear(7, 5) if added else None
+
+
+def test_an_optional_layer_that_the_model_leaves_out_may_be_named():
+    """diffusers' scripts name add_k_proj for all models, and its attention has it in some."""
+    config = LoraConfig(target_modules=["to_q", "add_k_proj"])
+    for added, expected in ((False, ["0.to_q"]), (True, ["0.to_q", "0.add_k_proj"])):
+        model = nn.Sequential(_Attention(added))
+        assert [target.path for target in plan(model, config)] == expected
+    with pytest.raises(TargetError, match="'add_k_proj' matches no module"):
+        plan(nn.Sequential(_Attention(False)), LoraConfig(target_modules=["add_k_proj"]))
+    with pytest.raises(TargetError, match="'add_kproj' matches no module"):
+        plan(nn.Sequential(_Attention(False)), LoraConfig(target_modules=["to_q", "add_kproj"]))

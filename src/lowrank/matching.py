@@ -11,6 +11,7 @@ from lowrank.bases.kinds import is_transposed_linear, kind_of, kind_of_parameter
 from lowrank.config import TASK_HEADS, LoraConfig
 from lowrank.errors import did_you_mean, nearest
 from lowrank.layer import LoraLayer
+from lowrank.log import logger
 from lowrank.saved_module import ModulesToSaveWrapper
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import inner
@@ -146,6 +147,7 @@ def _by_name(
 ) -> list[str]:
     unmatched = [name for name in names if not any(is_or_ends(path, name) for path in candidates)]
     endings = _adaptable_endings(modules)
+    left_out = _left_out(modules, unmatched) if len(unmatched) < len(names) else []
     for name in unmatched:
         if any(is_or_ends(path, name) for path in modules):
             problems.append(
@@ -157,10 +159,25 @@ def _by_name(
                 f"target_modules: {name!r} is a parameter, no module; name it in target_parameters."
             )
             continue
+        if name in left_out:
+            logger.info("No module of this model has its optional layer %r.", name)
+            continue
         close = nearest(name.rpartition(".")[2], endings)
         hint = f"nearest: {', '.join(close)}" if close else _endings(modules)
         problems.append(f"target_modules: {name!r} matches no module; {hint}")
     return [path for path in candidates if any(is_or_ends(path, name) for name in names)]
+
+
+def _left_out(modules: dict[str, nn.Module], names: list[str]) -> list[str]:
+    """Those of `names` that are optional layers which every module leaves out: attributes that are None.
+
+    diffusers' attention has `add_k_proj` in some models only, and its training scripts name it for all.
+    """
+    return [
+        name
+        for name in names
+        if any(getattr(module, name, module) is None for module in modules.values())
+    ]
 
 
 def _in_layers(
