@@ -14,9 +14,9 @@ from lowrank.config import (
     LoraRuntimeConfig,
     PeftConfig,
     PeftType,
-    TaskType,
 )
 from lowrank.errors import AdapterFileError, ConfigError, LowrankError, UnknownFieldError
+from lowrank.task_types import TaskType
 
 
 def refusal(**fields) -> str:

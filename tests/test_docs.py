@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowrank import LoraConfig
-from lowrank.config import _REFUSED
+from lowrank.config_problems import REFUSED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,4 +80,4 @@ def test_configuration_page_says_refused_of_what_is_refused():
         if row[3].strip().startswith("refused")
         for name in re.findall(r"`(\w+)`", row[1])
     }
-    assert said == set(_REFUSED)
+    assert said == set(REFUSED)

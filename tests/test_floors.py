@@ -20,7 +20,8 @@ DOCS = PACKAGE.parents[1] / "docs" / "architecture.md"
 # (floor, what stands there); a row imports only rows above it in this list
 ROWS: list[tuple[int, str]] = [
     (0, "errors files log"),
-    (0, "hub init_config lora rounding tensor_files"),
+    (0, "hub init_config lora rounding task_types tensor_files"),
+    (0, "config_problems"),
     (0, "config task_arithmetic"),
     (1, "kernels"),
     (2, "bases init"),

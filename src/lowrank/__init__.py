@@ -20,7 +20,7 @@ _PUBLIC = {
     "CordaConfig": "init_config",
     "EvaConfig": "init_config",
     "Lora": "lora",
-    "LoftQConfig": "config",
+    "LoftQConfig": "init_config",
     "LoraConfig": "config",
     "LoraGAConfig": "init_config",
     "LoraLayer": "layer",
@@ -37,7 +37,7 @@ _PUBLIC = {
     "PeftModelForTokenClassification": "peft",
     "PeftType": "config",
     "Target": "targets",
-    "TaskType": "config",
+    "TaskType": "task_types",
     "cast_mixed_precision_params": "functional",
     "check_hotswap_configs_compatible": "hotswap",
     "convert": "formats",
@@ -88,12 +88,10 @@ if TYPE_CHECKING:
     from lowrank.calibration.lora_ga import preprocess_loraga
     from lowrank.compat.names import get_peft_config
     from lowrank.config import (
-        LoftQConfig,
         LoraConfig,
         LoraRuntimeConfig,
         PeftConfig,
         PeftType,
-        TaskType,
     )
     from lowrank.errors import LowrankError
     from lowrank.formats import convert
@@ -104,7 +102,7 @@ if TYPE_CHECKING:
         hotswap_adapter_from_state_dict,
         prepare_model_for_compiled_hotswap,
     )
-    from lowrank.init_config import CordaConfig, EvaConfig, LoraGAConfig
+    from lowrank.init_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from lowrank.layer import LoraLayer
     from lowrank.lora import Lora, delta_weight, merged_weight
     from lowrank.lora_model import (
@@ -132,6 +130,7 @@ if TYPE_CHECKING:
     )
     from lowrank.status import get_layer_status, get_model_status
     from lowrank.targets import Target, plan
+    from lowrank.task_types import TaskType
     from lowrank.train.loraplus import create_loraplus_optimizer
 
 

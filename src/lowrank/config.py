@@ -6,8 +6,6 @@ value. Nothing in a configuration is ignored.
 
 import dataclasses
 import json
-import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from lowrank.config_problems import are_names, are_ranges, value_problems
 from lowrank.errors import AdapterFileError, ConfigError, UnknownFieldError, did_you_mean, listed
 from lowrank.files import write_text
 from lowrank.hub import FOREIGN_KEYWORDS, HUB_KEYWORDS, adapter_file
@@ -23,23 +22,13 @@ from lowrank.init_config import (
     SUB_CONFIGS,
     CordaConfig,
     EvaConfig,
+    LoftQConfig,
     LoraGAConfig,
     sub_config,
-    sub_config_problems,
 )
+from lowrank.task_types import TaskType
 
 CONFIG_NAME = "adapter_config.json"
-
-
-class TaskType(str, Enum):  # noqa: UP042  (PEFT's users compare and format these as plain strings)
-    """What the model does with its last hidden states."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 class PeftType(str, Enum):  # noqa: UP042
@@ -92,54 +81,11 @@ class PeftType(str, Enum):  # noqa: UP042
     DEFT = "DEFT"
 
 
-# The heads that a freshly built task model has untrained, so that they are trained and saved whole.
-TASK_HEADS: dict[str, tuple[str, ...]] = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-_INITIALISATIONS = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "pissa",
-    "olora",
-    "loftq",
-    "eva",
-    "corda",
-    "lora_ga",
-)
-_PISSA_NITER = re.compile(r"pissa_niter_\d+")
-
-# field -> why a value other than its default is refused
-_REFUSED = {
-    "megatron_config": "Megatron's parallel layers hold a piece of W each; load the model with transformers and shard it with FSDP or DeepSpeed",
-    "megatron_core": "it names the module of Megatron's parallel layers; load the model with transformers and shard it with FSDP or DeepSpeed",
-    "use_qalora": "QALoRA gives A the mean of each group of inputs, for GPTQ bases alone; put plain LoRA on the quantised base, or train with PEFT",
-    "qalora_group_size": "it only belongs to use_qalora, which is not supported; leave it at 16",
-    "velora_config": "VeLoRA saves memory by an approximate gradient of A; gradient checkpointing saves it with the exact one",
-    "monteclora_config": "MonteCLoRA samples the adapter in each forward and adds a term to the loss; train it with PEFT, or regularise with lora_dropout",
-    "use_bdlora": "BD-LoRA's block-diagonal factors serve sharded inference engines; leave it out for plain LoRA, or train with PEFT",
-    "arrow_config": "Arrow routes tokens between loaded adapters; choose one for each row (adapter_names=[...]), or combine them (add_weighted_adapter)",
-    "kasa_config": "KaSA cuts W's smallest singular values off for good, and disabling the adapter would not give the base back; init_lora_weights='pissa' trains W's largest ones",
-}
-
-
 @dataclass
 class LoraRuntimeConfig:
     """Settings of the running process that are not saved with an adapter."""
 
     ephemeral_gpu_offload: bool = False
-
-
-@dataclass
-class LoftQConfig:
-    """How LoftQ quantises: to 4 bits (NF4), 2 (NF2) or 8 (integers), in so many turns with the SVD."""
-
-    loftq_bits: int = 4
-    loftq_iter: int = 1
 
 
 @dataclass(kw_only=False)
@@ -318,7 +264,7 @@ class LoraConfig(PeftConfig):
         self.peft_type = PeftType.LORA
         for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
-            if not _are_names(value):
+            if not are_names(value):
                 continue
             if isinstance(value, set | frozenset):  # their order differs from process to process
                 value = sorted(value)
@@ -337,194 +283,16 @@ class LoraConfig(PeftConfig):
         self.layers_pattern = (
             self.layers_pattern or None
         )  # [] of older files; PEFT refuses it beside a string
-        if _are_ranges(self.layer_replication):
+        if are_ranges(self.layer_replication):
             self.layer_replication = [list(pair) for pair in self.layer_replication or ()]  # type: ignore[misc]
         if isinstance(self.runtime_config, Mapping):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
         for name in SUB_CONFIGS:
             value = sub_config(name, getattr(self, name), self.init_lora_weights)
             setattr(self, name, value)
-        problems = self.problems()
-        if problems:
-            raise ConfigError(listed(problems))
-
-    def problems(self) -> list[str]:
-        """Everything that is wrong with the values, a sentence each; empty if nothing is."""
-        found = []
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name, why in _REFUSED.items():
-            if getattr(self, name) not in (defaults[name], None):
-                found.append(f"{name}={getattr(self, name)!r}: {why}.")
-        if self.runtime_config.ephemeral_gpu_offload:
-            found.append(
-                "runtime_config.ephemeral_gpu_offload=True: in PEFT it only speeds up the start of DoRA on a base in CPU memory; "
-                "move the model to the GPU before get_peft_model, or leave it out."
-            )
-        wrong_types = self._type_problems()
-        if wrong_types:
-            return found + wrong_types
-        ranks: dict[str, Any] = {
-            "r": self.r,
-            **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()},
-        }
-        for name, value in ranks.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                found.append(f"{name}={value!r} must be a whole number of at least 1.")
-        alphas: dict[str, Any] = {
-            "lora_alpha": self.lora_alpha,
-            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
-        }
-        for name, value in alphas.items():
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not math.isfinite(value)
-            ):
-                found.append(f"{name}={value!r} must be a finite number.")
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
-            found.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1.")
-        if self.bias not in ("none", "all", "lora_only"):
-            found.append(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'.")
-        if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
-            names = [t.value for t in TaskType]
-            found.append(
-                f"task_type={self.task_type!r} is none of {', '.join(names)}.{did_you_mean(str(self.task_type), names)}"
-            )
-        found += self._initialisation_problems() + sub_config_problems(self)
-        tokens = self.alora_invocation_tokens
-        if tokens is not None:
-            whole = isinstance(tokens, list | tuple) and all(type(t) is int for t in tokens)
-            if not whole or not tokens:
-                found.append(
-                    f"alora_invocation_tokens={tokens!r} must be a list of token ids, at least one."
-                )
-            if self.use_dora:
-                found.append(
-                    "alora_invocation_tokens with use_dora=True: DoRA rescales what the base computes, also where the "
-                    "adapter must not act; drop one."
-                )
-        if self.use_dora and self.lora_bias:
-            found.append(
-                "lora_bias=True with use_dora=True: DoRA scales the weight's rows and leaves biases alone; drop one."
-            )
-        if self.lora_bias and isinstance(self.init_lora_weights, str):
-            found.append(
-                f"lora_bias=True with init_lora_weights={self.init_lora_weights!r}: PEFT would not load the adapter; drop one."
-            )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            found.append(
-                "layers_to_transform needs target_modules as a list of names: put the layers into the regular expression."
-            )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            found.append("layers_pattern does nothing without layers_to_transform.")
-        return found
-
-    def _type_problems(self) -> list[str]:
-        found = []
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            if not (value is None or isinstance(value, str) or _are_names(value)):
-                found.append(
-                    f"{name}={value!r} must be a list of names, or one regular expression."
-                )
-        for name in ("modules_to_save", "target_parameters"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                found.append(f"{name}={value!r} must be a list: [{value!r}].")
-            elif not (value is None or _are_names(value)):
-                found.append(f"{name}={value!r} must be a list of names.")
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), Mapping):
-                found.append(f"{name}={getattr(self, name)!r} must map names to numbers.")
-        found += _token_problems(self.trainable_token_indices)
-        if self.layer_replication is not None and not _are_ranges(self.layer_replication):
-            found.append(
-                f"layer_replication={self.layer_replication!r} must be a list of [start, end) with start < end, such as [[0, 4], [2, 5]]."
-            )
-        layers = self.layers_to_transform
-        listed_layers = layers if isinstance(layers, list | tuple) else [layers]
-        if layers is not None and not all(type(i) is int for i in listed_layers):
-            found.append(
-                f"layers_to_transform={layers!r} must be a whole number or a list of them."
-            )
-        return found
-
-    def _initialisation_problems(self) -> list[str]:
-        init = self.init_lora_weights
-        if isinstance(init, str) and (
-            init.startswith("pissa") or init in ("loftq", "corda", "lora_ga")
-        ):
-            alphas = [self.lora_alpha, *self.alpha_pattern.values()]
-            if any(isinstance(alpha, int | float) and alpha <= 0 for alpha in alphas):
-                return [f"init_lora_weights={init!r} divides by lora_alpha, which must be above 0."]
-        if init == "loftq":
-            return self._loftq_problems()
-        if isinstance(init, bool) or init in _INITIALISATIONS:
-            return []
-        if isinstance(init, str) and _PISSA_NITER.fullmatch(init):
-            return []
-        names = [name for name in _INITIALISATIONS if isinstance(name, str)]
-        if init == "mica":
-            return [
-                "init_lora_weights='mica': MiCA freezes B at W's least singular directions, and a file does not say that "
-                "it is frozen; init_lora_weights='orthogonal' starts orthogonal too, or train with PEFT."
-            ]
-        allowed = f"True, False, {', '.join(map(repr, names))} or 'pissa_niter_<iterations>'"
-        return [f"init_lora_weights={init!r} must be {allowed}.{did_you_mean(str(init), names)}"]
-
-    def _loftq_problems(self) -> list[str]:
-        values: Any = self.loftq_config
-        if not values or not isinstance(values, Mapping):
-            return ['init_lora_weights="loftq" needs loftq_config=LoftQConfig(…).']
-        found = []
-        known = {f.name: f.default for f in dataclasses.fields(LoftQConfig)}
-        for key in values:
-            if key not in known:
-                found.append(f"loftq_config has no field {key!r}.{did_you_mean(key, known)}")
-        values = {**known, **values}
-        if values["loftq_bits"] not in (2, 4, 8):
-            found.append(f"loftq_bits={values['loftq_bits']!r} must be 2, 4 or 8.")
-        if type(values["loftq_iter"]) is not int or values["loftq_iter"] < 1:
-            found.append(
-                f"loftq_iter={values['loftq_iter']!r} must be a whole number of at least 1."
-            )
-        return found
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list | tuple | set | frozenset) and all(
-        isinstance(name, str) for name in value
-    )
-
-
-def _are_ranges(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and bool(value)
-        and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
-        and all(type(i) is int for pair in value for i in pair)
-        and all(0 <= start < end for start, end in value)
-    )
-
-
-def _token_problems(given: Any) -> list[str]:
-    """What is wrong with trainable_token_indices, as far as that shows without a model."""
-    if given is None:
-        return []
-    named = given if isinstance(given, Mapping) else {"": given}
-    found = []
-    for name, indices in named.items():
-        where = f"trainable_token_indices[{name!r}]" if name else "trainable_token_indices"
-        if not isinstance(indices, list | tuple) or not all(type(i) is int for i in indices):
-            found.append(
-                f"{where}={indices!r} must be a list of token ids, or map the names of embeddings to such lists."
-            )
-        elif not indices:
-            found.append(f"{where} is empty; leave it out to train no token.")
-        elif len(set(indices)) < len(indices):
-            twice = sorted({i for i in indices if indices.count(i) > 1})
-            found.append(f"{where} has {twice[:5]} twice.")
-    return found
+        found = value_problems(self)
+        if found:
+            raise ConfigError(listed(found))
 
 
 def _json_value(value: Any) -> Any:

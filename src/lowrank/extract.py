@@ -17,13 +17,14 @@ from lowrank.adapter_file import Adapter
 from lowrank.adapter_layers import PREFIX, pattern_of
 from lowrank.bases import stores
 from lowrank.bases.kinds import Kind, kind_of
-from lowrank.config import TASK_HEADS, LoraConfig
+from lowrank.config import LoraConfig
 from lowrank.errors import ExtractError, listed
 from lowrank.fingerprint import of_samples, sample_places
 from lowrank.merge_plan import names_in_model
 from lowrank.model_folder import Stored, embedding_names, load_skeleton, stored_tensors, task_of
 from lowrank.targets import plan
 from lowrank.task_arithmetic import low_rank
+from lowrank.task_types import TASK_HEADS
 from lowrank.tensor_files import Entry
 
 

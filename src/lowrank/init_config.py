@@ -1,4 +1,4 @@
-"""The options of the initialisations from data, under PEFT's names and as its `adapter_config.json` holds them."""
+"""The options of the initialisations that have some, under PEFT's names and as its `adapter_config.json` holds them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,6 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank.errors import ConfigError, UnknownFieldError, did_you_mean, listed
+
+
+@dataclass
+class LoftQConfig:
+    """How LoftQ quantises: to 4 bits (NF4), 2 (NF2) or 8 (integers), in so many turns with the SVD."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
 
 
 @dataclass

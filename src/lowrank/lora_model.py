@@ -15,7 +15,7 @@ from lowrank.adapter_file import Adapter
 from lowrank.adapter_layers import LORA_KEY, PREFIX
 from lowrank.calibration.starts import calibrated_inits, forget_calibration
 from lowrank.combine import combine
-from lowrank.config import LoftQConfig, LoraConfig
+from lowrank.config import LoraConfig
 from lowrank.errors import (
     AdapterNameError,
     CombineError,
@@ -26,6 +26,7 @@ from lowrank.errors import (
 )
 from lowrank.fused_experts import for_fused_experts
 from lowrank.init import Init, loftq
+from lowrank.init_config import LoftQConfig
 from lowrank.inject import check_name, eject, inject
 from lowrank.layer_replication import original_of, replicate, restore
 from lowrank.log import logger

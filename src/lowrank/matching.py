@@ -8,11 +8,12 @@ from torch import nn
 
 from lowrank.architectures import BYPASSED, DEFAULT_TARGETS
 from lowrank.bases.kinds import is_transposed_linear, kind_of, kind_of_parameter
-from lowrank.config import TASK_HEADS, LoraConfig
+from lowrank.config import LoraConfig
 from lowrank.errors import did_you_mean, nearest
 from lowrank.layer import LoraLayer
 from lowrank.log import logger
 from lowrank.saved_module import ModulesToSaveWrapper
+from lowrank.task_types import TASK_HEADS
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import inner
 

@@ -16,7 +16,7 @@ from lowrank.adapter_file import read_start, read_tensors, write_adapter
 from lowrank.alora import activated
 from lowrank.card import write_card
 from lowrank.compat import ensure_recognised
-from lowrank.config import LoraConfig, PeftConfig, TaskType
+from lowrank.config import LoraConfig, PeftConfig
 from lowrank.errors import (
     AdapterMismatchError,
     AdapterNameError,
@@ -44,6 +44,7 @@ from lowrank.state import (
     set_peft_model_state_dict,
     vocab_size,
 )
+from lowrank.task_types import TaskType
 from lowrank.unload import unload
 from lowrank.wrappers import adapter_names, merged_parameters, wrappers
 

@@ -17,7 +17,8 @@ from lowrank.bases.kinds import (
     kind_of_parameter,
 )
 from lowrank.bases.ops import LINEAR
-from lowrank.config import TASK_HEADS, LoraConfig
+from lowrank.config import LoraConfig
+from lowrank.config_problems import value_problems
 from lowrank.errors import TargetError, listed
 from lowrank.init import taken_out
 from lowrank.layer_replication import stacked
@@ -38,6 +39,7 @@ from lowrank.matching import (
     walk,
     why_never_called,
 )
+from lowrank.task_types import TASK_HEADS
 from lowrank.token_rows import TokenTarget, token_targets
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import lora_chains
@@ -83,7 +85,7 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Target]:
 
 def _plan(model: nn.Module, config: LoraConfig) -> list[Target]:
     modules = dict(walk(model))
-    problems = config.problems()
+    problems = value_problems(config)
     saved, saved_problems = saved_paths(model, modules, config)
     problems += saved_problems
     wanted = matched(model, modules, config, saved, problems)
