@@ -157,6 +157,26 @@ def test_what_does_not_go_together_is_told_at_once(tmp_path):
         extract(base, base, rank=2, target_modules=["q_prj"])
 
 
+@pytest.mark.parametrize("head_too", [False, True])
+def test_a_head_that_left_its_tie(tmp_path, head_too):
+    base = write_base(tiny.llama(tied=True), tmp_path / "base", tokenizer=False)
+    model = load_model(base, "CAUSAL_LM").model
+    head = model.get_input_embeddings().weight.detach().clone() + 0.1
+    model.lm_head.weight = torch.nn.Parameter(
+        head if head_too else model.lm_head.weight.data.clone()
+    )
+    model.config.tie_word_embeddings = False
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    result = extract(base, tmp_path / "tuned", rank=2, save_rest=True)
+    assert [(row.name, row.saved) for row in result.rest] == [("lm_head.weight", True)] * head_too
+    write_adapter(tmp_path / "adapter", result.adapter)
+    merge_to_folder(base, tmp_path / "adapter", tmp_path / "merged")
+    if head_too:
+        assert torch.equal(tensors_of(tmp_path / "merged")["lm_head.weight"], head)
+
+
 def test_a_pickled_checkpoint_is_refused(tmp_path):
     base = write_base(tiny.llama(), tmp_path / "base", tokenizer=False)
     (base / "model.safetensors").rename(tmp_path / "elsewhere")

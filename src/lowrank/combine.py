@@ -136,7 +136,15 @@ def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = 
     """
     if (rank is None) == (energy is None):
         raise CombineError("resize needs either rank=… or energy=….")
-    return combine([adapter], [1.0], "svd", svd_rank=rank, energy=energy, check_base=False)
+    return combine(
+        [adapter],
+        [1.0],
+        "svd",
+        svd_rank=rank,
+        energy=energy,
+        check_base=False,
+        names=["the adapter"],
+    )
 
 
 def errors(adapter: Adapter) -> list[LayerError]:
@@ -275,7 +283,10 @@ def _check_configs(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
             found = ", ".join(f"{n} {v!r}" for n, v in zip(names, values_, strict=True))
             problems.append(f"{f.name} differs: {found}.")
     if problems:
-        raise CombineError("These adapters cannot be combined. " + listed(problems))
+        what = "These adapters cannot be combined"
+        if len(adapters) == 1:
+            what = "No other adapter can be made of this one"
+        raise CombineError(f"{what}. {listed(list(dict.fromkeys(problems)))}")
 
 
 def _common_base(

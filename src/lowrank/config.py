@@ -150,8 +150,8 @@ class PeftConfig:
             problems = [f"unknown key {key!r}.{did_you_mean(key, names)}" for key in unknown]
             raise UnknownFieldError(
                 listed(problems)
-                + "\nIf a newer library wrote the file and these keys may be dropped, pass "
-                "ignore_unknown=True."
+                + "\nIf a newer library wrote the file and these keys may be dropped, take "
+                "them out of it or pass ignore_unknown=True."
             )
         if unknown:
             warnings.warn(
@@ -194,7 +194,10 @@ class PeftConfig:
         path = adapter_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         assert path is not None  # without required=False it is there, or was an error
         values = cls.from_json_file(path)
-        return cls.from_dict({**values, **kwargs}, ignore_unknown=ignore_unknown)
+        try:
+            return cls.from_dict({**values, **kwargs}, ignore_unknown=ignore_unknown)
+        except (ConfigError, UnknownFieldError) as error:
+            raise type(error)(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs) -> None:
         """Writes `adapter_config.json` into the folder, by way of a temporary name."""

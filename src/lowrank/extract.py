@@ -94,7 +94,7 @@ def extract(
     identical = 0
     for pair in [*pairs, *verbatim]:
         W, M = pair.base.read(), pair.tuned.read()
-        if W.shape == M.shape and torch.equal(W, M):
+        if _same(W, M):
             identical += 1
             continue
         path = layers.get(pair.name)
@@ -159,6 +159,10 @@ def _check_arguments(rank: int | None, energy: float | None) -> None:
 
 def _stored(folder: str | Path) -> Stored:
     found = stored_tensors(folder)
+    if found is None and not Path(folder).exists():
+        raise ExtractError(
+            f"There is no folder {folder} here, and the Hub has no such model with safetensors files, or is out of reach."
+        )
     if found is None:
         raise ExtractError(
             f"{folder} has no safetensors files. Load the model with transformers, and save it again."
@@ -184,10 +188,12 @@ def _pairs(
         )
     (here, here_raw), (there, there_raw) = by_name
     tied = embedding_names(model) if model.config.get_text_config().tie_word_embeddings else None
-    if tied:  # a file may hold the one tensor under both names
-        for found in (here, there):
-            if tied[0] in found:
-                found.pop(tied[1], None)
+    if tied:
+        for found in (here, there):  # a file may hold the one tensor under both names
+            if found.keys() >= {*tied} and _same(*(found[name].read() for name in tied)):
+                del found[tied[1]]
+        if tied[1] in there and tied[0] in here:  # where they came apart, both start from the one
+            here.setdefault(tied[1], here[tied[0]])
     problems = [f"{name} is only in {base_name}." for name in here.keys() - there.keys()]
     problems += [f"{name} is only in {tuned_name}." for name in there.keys() - here.keys()]
     problems += [f"{key} is in one of them only." for key in here_raw.keys() ^ there_raw.keys()]
@@ -284,6 +290,10 @@ def _names(model: Any, paths: Mapping[str, int]) -> list[str]:
         path for path, _ in model.named_modules() if path and path.rpartition(".")[2] in endings
     }
     return endings if selected == set(paths) else list(paths)
+
+
+def _same(W: Tensor, M: Tensor) -> bool:
+    return W.shape == M.shape and torch.equal(W, M)
 
 
 def _share(W: Tensor, M: Tensor) -> float | None:

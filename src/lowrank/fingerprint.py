@@ -107,7 +107,7 @@ def _raise_if_different(
             f"{where} was trained on another base ({saved['architecture']}) than {what}:\n  "
             + "\n  ".join(found[:5])
             + rest
-            + f"\nLoad the base that it was trained on ({name}), or pass check_base=False to use it here all the same."
+            + f"\nLoad the base that it was trained on ({name}), or have it here all the same with check_base=False (in Python)."
         )
 
 

@@ -80,8 +80,11 @@ def load_config(folder: str | Path, revision: str | None = None) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), revision=revision)
     except (OSError, ValueError) as error:
+        here = (
+            "" if Path(folder).exists() else "there is no such folder here; as a name on the Hub: "
+        )
         raise ModelFolderError(
-            f"{folder} is not a model that transformers can read: {error}"
+            f"{folder} is not a model that transformers can read: {here}{error}"
         ) from error
 
 
@@ -185,8 +188,13 @@ def stored_tensors(folder: str | Path, revision: str | None = None) -> Stored | 
         index = file_of(folder, INDEX, revision)
         if index is None:
             return None
-        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(places.values()))
+        try:
+            places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(places.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelFolderError(
+                f"{index} is broken, or has no weight_map of file names: {error!r}"
+            ) from error
     found = Stored({}, {})
     for name in names:
         path = file_of(folder, name, revision)

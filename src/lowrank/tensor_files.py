@@ -82,16 +82,22 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise TensorFileError(f"{path} is no safetensors file, or not all of it is there.")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            metadata = header.pop("__metadata__", None) or {}
+            rows = [
+                (*row["data_offsets"], name, row["dtype"], tuple(row["shape"]))
+                for name, row in header.items()
+            ]
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise TensorFileError(f"{path}: the header is broken: {error}") from error
-    metadata = header.pop("__metadata__", None) or {}
     found = {}
-    for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = row["data_offsets"]
+    for begin, end, name, dtype, shape in sorted(rows):
         if not 0 <= begin <= end <= size - 8 - length:
             raise TensorFileError(f"{path} ends before its tensor {name!r} does: it is cut off.")
-        start = 8 + length + begin
-        found[name] = Entry(path, name, row["dtype"], tuple(row["shape"]), start, end - begin)
+        if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+            raise TensorFileError(
+                f"{path}: {name!r} is {dtype} of shape {shape}, and has {end - begin} bytes."
+            )
+        found[name] = Entry(path, name, dtype, shape, 8 + length + begin, end - begin)
     return found, metadata
 
 

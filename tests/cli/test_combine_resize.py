@@ -113,7 +113,7 @@ def test_resize(folder, capsys):
         (["combine", "a", "b", "out", "--weights", "1", "1", "--method", "ties"], "needs density"),
         (
             ["combine", "a", "b", "a", "--weights", "1", "1", "--overwrite"],
-            "is one of the adapters",
+            "is read: name another folder",
         ),
         (["combine", "a", "b", "other", "--weights", "1", "1"], "exists. Name another"),
         (["combine", "a", "other", "out", "--weights", "1", "1"], "--any-base"),

@@ -76,15 +76,43 @@ def test_a_merge_that_rounds_too_much_ends_with_1(folders, capsys, monkeypatch):
         (["merge", "ADAPTER", "OUT", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["verify", "ADAPTER", "OUT"], "there is no config.json in it"),
         (["verify", "ADAPTER", "BASE", "--tolerance", "7"], "7 is not a share between 0 and 1"),
+        (["verify", "ADAPTER", "BASE", "--tolerance", "a"], "a is not a share between 0 and 1"),
         (["verify", "ADAPTER", "BASE", "--data", "OUT"], "no such file"),
+        (["verify", "ADAPTER", "BASE", "--json", "OUT/x.json"], "there is no folder"),
+        (["merge", "ADAPTER", "OUT", "--data", "none.jsonl"], "no such file"),
+        (["merge", "ADAPTER", "OUT", "--json", "OUT/none/x.json"], "there is no folder"),
+        (["merge", "ADAPTER", "OUT", "--no-verify", "--json", "x.json"], "--no-verify leaves out"),
+        (["merge", "BROKEN", "OUT"], "adapter_config.json is not valid JSON"),
+        (
+            ["merge", "BASE", "UNKNOWN", "OUT"],
+            "UNKNOWN/adapter_config.json: unknown key 'lora_alfa'",
+        ),
+        (["merge", "ADAPTER", "FILE/out"], "FILE"),
+        (["merge", "none", "ADAPTER", "OUT"], "there is no such folder here"),
     ],
 )
 def test_what_cannot_run_ends_with_2_and_a_sentence(folders, words, message, capsys):
     full = folders[2].with_name("full")
     full.mkdir()
     (full / "notes.txt").touch()
-    names = dict(zip(("BASE", "ADAPTER", "OUT", "FULL"), (*folders, full), strict=True))
-    assert call(*(names.get(word, word) for word in words)) == 2
+    (full.with_name("FILE")).touch()
+    config = (folders[1] / "adapter_config.json").read_text()
+    for name, text in {
+        "BROKEN": "{",
+        "UNKNOWN": config.replace('"r":', '"lora_alfa": 1, "r":'),
+    }.items():
+        full.with_name(name).mkdir()
+        (full.with_name(name) / "adapter_config.json").write_text(text)
+    names = dict(zip(("BASE", "ADAPTER", "OUT", "FULL"), map(str, (*folders, full)), strict=True))
+    for name in ("BROKEN", "UNKNOWN", "FILE"):
+        names[name] = str(full.with_name(name))
+
+    def path(word):
+        first, slash, rest = word.partition("/")
+        return names.get(first, first) + slash + rest
+
+    assert call(*map(path, words)) == 2
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+    assert not folders[2].exists()

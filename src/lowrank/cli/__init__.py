@@ -13,6 +13,7 @@ Nothing here imports torch: `lowrank --help` answers at once.
 
 import argparse
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lowrank plan … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a full disk, a folder that is not ours
+        return _fail(f"lowrank {name}", _words(error))
     except KeyboardInterrupt:
         return _fail(f"lowrank {name}", "interrupted", status=130)
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
@@ -75,12 +78,15 @@ def _call(name: str, words: list[str]) -> int:
         allow_abbrev=False,
     )
     command.add_arguments(parser)
-    args, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        parser.error(
-            f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}"
-        )
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    named = [word.split("=")[0] for word in itertools.takewhile("--".__ne__, words)]
+    strange = [
+        word for word in named if word.startswith("--") and " " not in word and word not in flags
+    ]
+    if not strange:
+        args, strange = parser.parse_known_intermixed_args(words)
+    if strange:  # said before what is missing: it may be the one that was mistyped
+        parser.error(f"unknown argument {strange[0]}.{did_you_mean(strange[0], flags)}")
     return command.run(args)
 
 
@@ -99,6 +105,11 @@ def _overview() -> str:
             "Start with: lowrank quickstart",
         ]
     )
+
+
+def _words(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _fail(who: str, message: str, status: int = 2) -> int:

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lowrank.cli.arguments import finite, share, whole
+
 SHOWN = 10
 
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument(
-        "--weights", nargs="+", type=float, required=True, metavar="W", help="one for each adapter"
+        "--weights", nargs="+", type=finite, required=True, metavar="W", help="one for each adapter"
     )
     parser.add_argument(
         "--method",
@@ -33,17 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "behind it (on ΔW); linear_factors (PEFT's linear)",
     )
     parser.add_argument(
-        "--rank", type=int, metavar="R", help="with svd (the highest among the adapters)"
+        "--rank", type=whole(1), metavar="R", help="with svd (the highest among the adapters)"
     )
     parser.add_argument(
         "--energy",
-        type=float,
+        type=share,
         metavar="SHARE",
         help="with svd, for --rank: the share of ‖ΔW‖² to keep",
     )
     parser.add_argument(
         "--density",
-        type=float,
+        type=share,
         metavar="SHARE",
         help="of the entries that ties, dare_… and magnitude_prune keep",
     )
@@ -93,7 +95,7 @@ def check_out(out: str, sources: list[str], overwrite: bool) -> None:
 
     folder = Path(out)
     if any(Path(s).exists() and Path(s).resolve() == folder.resolve() for s in sources):
-        raise CombineError(f"{out} is one of the adapters that are read: name another folder.")
+        raise CombineError(f"{out} is read: name another folder to write.")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
         raise CombineError(f"{out} exists. Name another folder, or overwrite it (--overwrite).")
 

@@ -10,6 +10,7 @@ the one that the adapter names). DATA is JSONL or embedded:NAME, whose test part
 import argparse
 import json
 
+from lowrank.cli.arguments import whole
 from lowrank.cli.settings import EvalSettings
 
 DEFAULT = EvalSettings()
@@ -20,21 +21,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="the adapter's folder")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL file(s), or embedded:NAME")
     add_numbers(parser)
-    parser.add_argument("--samples", type=int, default=DEFAULT.samples, metavar="N", help="shown")
+    parser.add_argument(
+        "--samples", type=whole(0), default=DEFAULT.samples, metavar="N", help="shown"
+    )
     parser.add_argument("--json", action="store_true", help="everything as JSON, all answers too")
 
 
 def add_numbers(parser: argparse.ArgumentParser) -> None:
-    for name, default, text in (
-        ("generate", DEFAULT.generate, "rows that are answered; 0: none"),
-        ("max-new-tokens", DEFAULT.max_new_tokens, "tokens an answer may have"),
-        ("batch-size", DEFAULT.batch_size, "rows at once"),
-        ("max-length", None, "tokens a row may have"),
+    for name, default, least, text in (
+        ("generate", DEFAULT.generate, 0, "rows that are answered; 0: none"),
+        ("max-new-tokens", DEFAULT.max_new_tokens, 1, "tokens an answer may have"),
+        ("batch-size", DEFAULT.batch_size, 1, "rows at once"),
+        ("max-length", None, 1, "tokens a row may have"),
     ):
         underscored = name.replace("-", "_")
         spellings = dict.fromkeys((f"--{name}", f"--{underscored}"))
         parser.add_argument(
-            *spellings, type=int, default=default, metavar="N", help=f"{text} ({default})"
+            *spellings, type=whole(least), default=default, metavar="N", help=f"{text} ({default})"
         )
     add_loading(parser)
 

@@ -12,6 +12,7 @@ import argparse
 import sys
 from typing import Any
 
+from lowrank.cli.arguments import share, whole
 from lowrank.cli.combine import add_output, check_out, write_and_show
 
 SHOWN = 10
@@ -22,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tuned", metavar="TUNED", help="the same model, tuned")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--rank", type=int, metavar="R", help="of every layer")
-    wanted.add_argument("--energy", type=float, metavar="SHARE", help="of ‖ΔW‖², as 0.95")
+    wanted.add_argument("--rank", type=whole(1), metavar="R", help="of every layer")
+    wanted.add_argument("--energy", type=share, metavar="SHARE", help="of ‖ΔW‖², as 0.95")
     parser.add_argument(
         "--target-modules",
         nargs="+",
@@ -69,10 +70,10 @@ def show_rest(result: Any, file: Any, every: bool) -> None:
     what = (
         "held whole" if not lost else "not captured" if len(lost) == len(result.rest) else "beside"
     )
-    print(
-        f" {what:<8} {len(result.rest)} tensors that differ and are in no layer of the adapter:",
-        file=file,
-    )
+    some = f"{len(result.rest)} tensors that differ and are in no layer of the adapter:"
+    if len(result.rest) == 1:
+        some = "1 tensor that differs and is in no layer of the adapter:"
+    print(f" {what:<8} {some}", file=file)
     shown = result.rest if every else result.rest[:SHOWN]
     for row in shown:
         change = "another size" if row.change is None else f"by {percent(row.change)}"

@@ -10,6 +10,7 @@ through the chat template as a user's message; without PROMPT it is read from st
 import argparse
 import sys
 
+from lowrank.cli.arguments import not_negative, share, whole
 from lowrank.cli.evaluate import add_loading
 from lowrank.errors import LowrankError
 
@@ -24,10 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="the adapter's folder")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=int, default=128, metavar="N", help="(128)"
+        "--max-new-tokens",
+        "--max_new_tokens",
+        type=whole(1),
+        default=128,
+        metavar="N",
+        help="(128)",
     )
-    parser.add_argument("--temperature", type=float, metavar="T", help="sample; 0 is greedy")
-    parser.add_argument("--top-p", "--top_p", type=float, metavar="P", help="with --temperature")
+    parser.add_argument("--temperature", type=not_negative, metavar="T", help="sample; 0 is greedy")
+    parser.add_argument("--top-p", "--top_p", type=share, metavar="P", help="with --temperature")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the sampling (42)")
     add_loading(parser)
 

@@ -12,7 +12,14 @@ merged folder does not pass the verification.
 import argparse
 import sys
 
-from lowrank.cli.verify import add_evidence, add_folders, base_path, examples, verify_and_show
+from lowrank.cli.verify import (
+    add_evidence,
+    add_folders,
+    base_path,
+    evidence,
+    examples,
+    verify_and_show,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from lowrank.cli.opening import OpeningError
     from lowrank.merge import merge_to_folder
     from lowrank.report import text
 
+    if args.no_verify and (args.data or args.json):
+        raise OpeningError(
+            "--data and --json are for the verification, which --no-verify leaves out"
+        )
     base = base_path(args)
+    inputs = evidence(args, base)
     covariances = None
     if args.round_for:
         from lowrank.merge_inputs import input_covariances
@@ -60,4 +73,4 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.json != "-":
         print()
-    return verify_and_show(base, args.adapter, args.out, args)
+    return verify_and_show(base, args.adapter, args.out, args, inputs)

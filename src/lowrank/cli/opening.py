@@ -1,6 +1,5 @@
 """From the words of a command line to models, tokenizers and rows."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,10 +53,12 @@ def _data_path(name: str, split: str) -> str:
 
 def adapter_base(folder: str) -> str | None:
     """The base that the adapter in `folder` names; None if the folder holds no adapter."""
-    path = Path(folder) / "adapter_config.json"
+    from lowrank.config import CONFIG_NAME, LoraConfig
+
+    path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         return None
-    return json.loads(path.read_text()).get("base_model_name_or_path") or ""
+    return LoraConfig.from_json_file(path).get("base_model_name_or_path") or ""
 
 
 def open_model(

@@ -9,6 +9,7 @@ singular values as hold that share of ‖ΔW‖². The table shows what is lost,
 
 import argparse
 
+from lowrank.cli.arguments import share, whole
 from lowrank.cli.combine import add_output, check_out, write_and_show
 
 
@@ -16,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="its folder, or its name on the Hub")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--rank", type=int, metavar="R", help="the new rank")
-    wanted.add_argument("--energy", type=float, metavar="SHARE", help="of ‖ΔW‖², as 0.99")
+    wanted.add_argument("--rank", type=whole(1), metavar="R", help="the new rank")
+    wanted.add_argument("--energy", type=share, metavar="SHARE", help="of ‖ΔW‖², as 0.99")
     add_output(parser)
 
 

@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lowrank.cli.arguments import part
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folders(parser)
@@ -41,7 +43,7 @@ def add_evidence(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the whole result here; - prints it")
     parser.add_argument(
         "--tolerance",
-        type=_share,
+        type=part,
         default=0.1,
         metavar="SHARE",
         help="how much of the adapter's effect on the outputs rounding may cost (0.1: a tenth)",
@@ -49,7 +51,8 @@ def add_evidence(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return verify_and_show(base_path(args), args.adapter, args.merged, args)
+    base = base_path(args)
+    return verify_and_show(base, args.adapter, args.merged, args, evidence(args, base))
 
 
 def base_path(args: argparse.Namespace) -> str:
@@ -67,13 +70,24 @@ def base_path(args: argparse.Namespace) -> str:
     return model_path(base)
 
 
-def verify_and_show(base: str, adapter: str, merged: str, args: argparse.Namespace) -> int:
+def evidence(args: argparse.Namespace, base: str) -> list[dict[str, Any]] | None:
+    """The inputs to compare on, if --data names any; whatever cannot be read or written is said before the work."""
+    from lowrank.cli.opening import OpeningError
+
+    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
+        raise OpeningError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+    return examples(args.data, args.adapter, base, "test") if args.data else None
+
+
+def verify_and_show(
+    base: str, adapter: str, merged: str, args: argparse.Namespace, inputs: Any
+) -> int:
     """Verify, print or write the result, and return the exit status."""
+    from lowrank.files import write_text
     from lowrank.report import text
     from lowrank.report.data import to_json
     from lowrank.verify import verify
 
-    inputs = examples(args.data, adapter, base, "test") if args.data else None
     result = verify(base, adapter, merged, inputs=inputs, tolerance=args.tolerance)
     written = json.dumps(to_json(result), indent=2, ensure_ascii=False)
     if args.json == "-":
@@ -81,7 +95,7 @@ def verify_and_show(base: str, adapter: str, merged: str, args: argparse.Namespa
     else:
         text.show(text.verification(result))
         if args.json:
-            Path(args.json).write_text(written + "\n", encoding="utf-8")
+            write_text(Path(args.json), written + "\n")
     return 0 if result.passed else 1
 
 
@@ -94,10 +108,3 @@ def examples(names: list[str], adapter: str, base: str, split: str) -> list[dict
     tokenizer = open_tokenizer(adapter if has_tokenizer(adapter) else base)
     length = context_length(load_config(base), None)
     return encode(open_rows(names, split), tokenizer, max_length=length).examples
-
-
-def _share(word: str) -> float:
-    value = float(word)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not a share between 0 and 1")
-    return value

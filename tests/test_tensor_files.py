@@ -1,0 +1,29 @@
+"""Reading the headers of safetensors files, broken ones too."""
+
+import json
+
+import pytest
+
+from lowrank.errors import TensorFileError
+from lowrank.tensor_files import entries
+
+ROW = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ([1], "the header is broken"),
+        ({"w": {"dtype": "F32", "shape": [2]}}, "the header is broken"),
+        ({"w": 3}, "the header is broken"),
+        ({"w": ROW | {"data_offsets": [0, 12]}}, "it is cut off"),
+        ({"w": ROW | {"shape": [3]}}, "'w' is F32 of shape (3,), and has 8 bytes"),
+    ],
+)
+def test_a_broken_header_is_told(tmp_path, header, message):
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(TensorFileError) as told:
+        entries(path)
+    assert message in str(told.value)
