@@ -63,7 +63,7 @@ def test_a_merged_folder():
         total_bytes=3_939_696,
         untied=True,
         tokenizer=None,
-        rounding=[Rounding("model.layers.0.self_attn.q_proj.weight", "bfloat16", 0.125)],
+        rounding=[Rounding("model.layers.0.self_attn.q_proj.weight", "bfloat16", 0.125, 2.0, 0.03)],
         overall_rounding=0.058,
     )
     words = right(shown(text.merged(folder)))
