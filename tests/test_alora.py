@@ -125,7 +125,13 @@ def test_checkpointing_knows_one_forward_at_a_time():
     first.sum().backward()
     second = model(input_ids=IDS[:2]).logits
     del second  # its backward can never come
-    model(input_ids=IDS[:2]).logits.sum().backward()
+    last = model(input_ids=IDS[:2]).logits
+    model.eval()  # nothing is checkpointed
+    with pytest.raises(RowsError, match="backward"):
+        model(input_ids=IDS)
+    last.sum().backward()
+    outputs = [model(input_ids=IDS).logits for _ in range(2)]
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}])

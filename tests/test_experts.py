@@ -247,6 +247,18 @@ def test_adapters_of_different_parameters():
     assert same_bits(bits(model.unload()), bits(base))
 
 
+def test_a_combined_adapter_has_its_parameters_in_their_places():
+    base = tiny.mixtral()
+    model = adapted(base)
+    model.add_adapter("other", config(target_parameters=BOTH[1:]))
+    keys = get_peft_model_state_dict(model).keys()
+    truth = by_hand(base, get_peft_model_state_dict(model))
+    model.add_weighted_adapter(["default"], [1.0], "same", "linear")
+    model.set_adapter("same")
+    torch.testing.assert_close(logits(model), truth, rtol=0, atol=1e-12)
+    assert get_peft_model_state_dict(model, adapter_name="same").keys() == keys
+
+
 def test_save_and_load(tmp_path):
     base = tiny.gpt_oss()
     model = adapted(base, target_modules=["q_proj"], modules_to_save=["lm_head"])

@@ -285,6 +285,30 @@ def test_configurations_that_cannot_stand_in_for_each_other(field, value):
         check_hotswap_configs_compatible(a, LoraConfig(r=4, **{field: value}))
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_is_taken_out_of_the_base_is_refused(tmp_path, init):
+    first, _ = saved(tmp_path / "first")
+    second, other = saved(tmp_path / "second", seed=2, init_lora_weights=init)
+    model = loaded(first)
+    before = tiny.bits(model)
+    with pytest.raises(HotswapError, match="as_plain_lora=True"):
+        hotswap_adapter(model, second, "default")
+    other.peft_config["default"].init_lora_weights = True  # the start lies beside it still
+    other.save_pretrained(second)
+    with pytest.raises(HotswapError, match="as_plain_lora=True"):
+        hotswap_adapter(model, second, "default")
+    assert tiny.same_bits(before, tiny.bits(model))
+    other.save_pretrained(second, as_plain_lora=True)
+    hotswap_adapter(model, second, "default")
+    torch.testing.assert_close(model(tokens()), other(tokens()))
+
+
+def test_a_quantised_base_is_refused():
+    loftq = LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+    with pytest.raises(HotswapError, match="quantises its base"):
+        check_hotswap_configs_compatible(LoraConfig(), loftq)
+
+
 def test_preparing_says_what_is_wrong(tmp_path):
     with pytest.raises(HotswapError, match="no adapters"):
         prepare_model_for_compiled_hotswap(net(), target_rank=4)

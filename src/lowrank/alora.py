@@ -90,7 +90,7 @@ def activated(
 
     def finished(output: Any) -> Any:
         nonlocal kept
-        if checkpoints_activations(model) and torch.is_grad_enabled():
+        if model.training and checkpoints_activations(model) and torch.is_grad_enabled():
             kept = _await_backward(routing, output)
         return output
 

@@ -51,7 +51,8 @@ def delete_adapter(
 ) -> list[str] | None:
     """Removes the adapter's tensors; its entry in `model.peft_config`, if any, stays.
 
-    Returns the names of the adapters that are active now, or None. Raises MergeError if it is merged.
+    Returns the names of the adapters that are active now, or None. Raises MergeError if it is merged, AdapterNameError
+    if it quantised the base (LoftQ) and others stand on that.
     """
     del prefix  # "lora_", the only one there is
     for _, layer in mergeable(model):
@@ -59,6 +60,12 @@ def delete_adapter(
             raise MergeError(
                 f"Adapter {adapter_name!r} is merged: unmerge_adapter() first, then delete it."
             )
+    others = [name for name in adapter_names(model) if name != adapter_name]
+    if others and any(layer.quantised_by == adapter_name for _, layer in lora_layers(model)):
+        raise AdapterNameError(
+            f"Adapter {adapter_name!r} quantised the base (LoftQ), and {others} stand on the quantised weights: "
+            "delete those first, or load them onto the original base."
+        )
     active: dict[str, None] = {}
     for module in _of_class(model, layer_cls):
         module.delete_adapter(adapter_name)

@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapter_file import read_tensors
+from lowrank.adapter_file import read_start, read_tensors
 from lowrank.config import LoraConfig, PeftConfig
 from lowrank.errors import AdapterNameError, HotswapError, did_you_mean, listed
 from lowrank.factors import with_rank
 from lowrank.fingerprint import check_base as check_fingerprint
+from lowrank.init import taken_out
 from lowrank.layer import LoraLayer
 from lowrank.lora import initial_magnitude, scaling_for
 from lowrank.matching import pattern_value
@@ -25,6 +26,7 @@ _SAME = (
     *("use_dora", "lora_bias", "lora_dropout", "alora_invocation_tokens"),
     *("trainable_token_indices", "layer_replication", "ensure_weight_tying"),
 )
+_STARTED = "starts from the base's weights: save it with as_plain_lora=True, and swap that in."
 _NUMBERS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
@@ -53,6 +55,8 @@ def hotswap_adapter(
     )
     check_hotswap_configs_compatible(current, config)
     tensors, metadata = read_tensors(model_name_or_path, subfolder=subfolder, **hub)
+    if read_start(model_name_or_path, config, metadata, subfolder=subfolder, **hub):
+        raise HotswapError(f"{model_name_or_path} {_STARTED}")
     if check_base:
         saved = metadata.get("base")
         check_fingerprint(inner, adapter_name, saved, tensors, model_name_or_path)
@@ -148,6 +152,11 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         old, new = getattr(config0, field, None), getattr(config1, field, None)
         if old != new:
             problems.append(f"{field} is {old!r} here, {new!r} in the adapter to swap in.")
+    init = getattr(config1, "init_lora_weights", True)
+    if taken_out(init):
+        problems.append(f"The adapter to swap in (init_lora_weights={init!r}) {_STARTED}")
+    if init == "loftq":
+        problems.append('The adapter to swap in (init_lora_weights="loftq") quantises its base.')
     if problems:
         raise HotswapError(
             "Configs are incompatible: " + listed(problems) + "\nLoad it under another name."

@@ -316,6 +316,11 @@ class LoraLayer(nn.Module):
         starts = (self.lora_start_A.get_buffer(name), self.lora_start_B.get_buffer(name))
         return dict(zip(self.adapter_parameters(name), starts, strict=False))
 
+    @property
+    def quantised_by(self) -> str | None:
+        """The adapter, the first, for which LoftQ put another weight in the place of the original."""
+        return next(iter(self.r), None) if self._set_aside else None
+
     def original_weight(self) -> Tensor:
         """W (out, in) as it was before any adapter, LoftQ's quantisation included."""
         if self._set_aside and not self._disabled:

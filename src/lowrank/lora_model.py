@@ -150,14 +150,17 @@ class LoraModel(nn.Module):
         known = {module for _, module in wrappers(self)}
         self.add_adapter(adapter_name, combined.config, cast_to_float32=True, meta=True)
         try:
-            # the other adapters in the model decide whether a path leads through a base_layer
-            keys = {
-                key.replace(".base_layer.", "."): key for key in adapter_keys(self, adapter_name)
-            }
+            # the other adapters in the model decide whether a path leads through a base_layer; two parameters
+            # of one module differ in nothing else
+            keys = adapter_keys(self, adapter_name)
+            shorter = {key.replace(".base_layer.", "."): key for key in keys}
             found = {}
             for key, tensor in combined.tensors.items():
                 ours = key.removeprefix("base_model.")
-                found[keys.get(ours.replace(".base_layer.", "."), ours)] = tensor
+                same = ours in keys
+                found[ours if same else shorter.get(ours.replace(".base_layer.", "."), ours)] = (
+                    tensor
+                )
             set_peft_model_state_dict(self, found, adapter_name)
         except Exception:
             self.delete_adapter(adapter_name)

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lowrank.errors import RowsError
 from lowrank.output_change import add_output_change
-from lowrank.routing import Routing, blocks, groups, index
+from lowrank.routing import BASE, Routing, blocks, groups, index
 
 
 def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -21,8 +22,11 @@ def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
     x = args[0] if args else next(iter(kwargs.values()))
     assert layer.routing.names is not None
     count = len(layer.routing.names)
+    if layer.disable_adapters:
+        return y
+    y = _original_rows(layer, x, y)
     rows = {name: found for name, found in groups(layer.routing.names).items() if name in layer.r}
-    if not rows or layer.disable_adapters:
+    if not rows:
         return y
     if layer.kind.op is None:
         raise RowsError(
@@ -35,6 +39,18 @@ def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
         else:
             y = _one_adapter(layer, names[0], rows[names[0]], x, y, count)
     return y
+
+
+def _original_rows(layer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """`y` with the rows that go through no adapter as the original W gives them, where LoftQ has put another in its place."""
+    names = layer.routing.names
+    base_rows = [row for row, name in enumerate(names) if name == BASE]
+    if not base_rows or layer.quantised_by is None:
+        return y
+    base, kind = layer.get_base_layer(), layer.kind
+    W = kind.store(base).shaped(layer.original_weight())
+    chosen = repeated(base_rows, x, len(names), type(base).__name__)
+    return y.index_copy(0, chosen, functional_call(base, {kind.weight: W}, (x[chosen],)))
 
 
 def _batches(layer: Any, rows: dict[str, list[int]]) -> list[list[str]]:

@@ -80,6 +80,38 @@ def test_deleting_the_adapter_brings_the_original_back():
     assert torch.equal(tiny.logits(adapted), before)
 
 
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_rows_without_an_adapter_see_the_original(conv1d):
+    make = tiny.gpt2 if conv1d else tiny.llama
+    targets = ["c_attn", "c_proj"] if conv1d else ["q_proj", "down_proj"]
+    model = make(dtype=torch.float32)
+    before = tiny.logits(model)
+    adapted = tiny.randomise(get_peft_model(model, config(target_modules=targets))).eval()
+    alone = tiny.logits(adapted)
+    with torch.no_grad():
+        for names in (["__base__", "default", "__base__"], ["__base__"] * 3):
+            mixed = adapted(input_ids=tiny.IDS, adapter_names=names).logits
+            for row, name in enumerate(names):
+                expected = before if name == "__base__" else alone
+                torch.testing.assert_close(mixed[row], expected[row])
+    assert (before - alone).abs().max() > 0.01
+
+
+def test_others_on_the_quantised_base_keep_it():
+    model = base()
+    before = tiny.logits(model)
+    adapted = get_peft_model(model, config()).eval()
+    adapted.add_adapter("other", LoraConfig(target_modules=["q_proj", "v_proj"]))
+    adapted.set_adapter("other")
+    expected = tiny.logits(tiny.randomise(adapted))
+    with pytest.raises(AdapterNameError, match=r"(?s)quantised the base.*'other'"):
+        adapted.delete_adapter("default")
+    assert torch.equal(tiny.logits(adapted), expected)
+    adapted.delete_adapter("other")
+    adapted.delete_adapter("default")
+    assert torch.equal(tiny.logits(adapted), before)
+
+
 def test_merged_for_good_it_is_q_and_the_change():
     adapted = tiny.randomise(get_peft_model(base(), config())).eval()
     expected = tiny.logits(adapted)
