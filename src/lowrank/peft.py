@@ -12,23 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import functional
-from lowrank.adapter_file import read_start, read_tensors, write_adapter
+from lowrank.adapter_file import write_adapter
 from lowrank.alora import activated
 from lowrank.card import write_card
 from lowrank.compat import ensure_recognised
-from lowrank.config import LoraConfig, PeftConfig
+from lowrank.config import LoraConfig
 from lowrank.errors import (
-    AdapterMismatchError,
     AdapterNameError,
     ConfigError,
     MissingExtraError,
     NotTrainableError,
     RowsError,
 )
-from lowrank.fingerprint import check_base
-from lowrank.fused_experts import for_fused_tensors
 from lowrank.init import Init
 from lowrank.inject import eject
+from lowrank.loading import adapter_to_load, check_same_meaning, fill, take_start
 from lowrank.lora_model import (
     LoraModel,
     add_to_model,
@@ -38,12 +36,8 @@ from lowrank.lora_model import (
 )
 from lowrank.routing import Routing
 from lowrank.saving import adapter_of, converted, warn_of_other_readers
-from lowrank.start_factors import check_start, inits_from, replace_start
-from lowrank.state import (
-    LoadResult,
-    set_peft_model_state_dict,
-    vocab_size,
-)
+from lowrank.start_factors import inits_from
+from lowrank.state import LoadResult, vocab_size
 from lowrank.task_types import TaskType
 from lowrank.unload import unload
 from lowrank.wrappers import adapter_names, merged_parameters, wrappers
@@ -403,14 +397,10 @@ class PeftModel(nn.Module):
         Raises AdapterFileError, ConfigError, TargetError, AdapterMismatchError or BaseMismatchError; the
         model is then as it was.
         """
-        if config is None:
-            config = PeftConfig.from_pretrained(
-                model_id, subfolder, ignore_unknown=ignore_unknown, **kwargs
-            )
-        config = dataclasses.replace(config, inference_mode=not is_trainable)
-        tensors, metadata = read_tensors(model_id, subfolder=subfolder, **kwargs)
-        start = read_start(model_id, config, metadata, subfolder=subfolder, **kwargs)
-        check_start(config, tensors, start, model_id)
+        adapter = adapter_to_load(
+            model_id, config, subfolder=subfolder, ignore_unknown=ignore_unknown, **kwargs
+        )
+        config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
         trainable = [parameter.requires_grad for parameter in model.parameters()]
         wrapped = _class_for(config)(
             model,
@@ -418,11 +408,11 @@ class PeftModel(nn.Module):
             adapter_name,
             autocast_adapter_dtype,
             low_cpu_mem_usage=strict,
-            inits=inits_from(start),
+            inits=inits_from(adapter.start),
         )
+        options = {"is_trainable": is_trainable, "strict": strict, "check_base": check_base}
         try:
-            saved_base = metadata if check_base else None
-            wrapped._fill(adapter_name, tensors, saved_base, model_id, is_trainable, strict)
+            fill(wrapped, adapter_name, adapter, model_id, **options)
         except Exception:
             unload(model, merge=False)
             for parameter, requires_grad in zip(model.parameters(), trainable, strict=True):
@@ -450,58 +440,29 @@ class PeftModel(nn.Module):
 
         Options and errors as in `from_pretrained`; the scaling of an existing name must be the file's.
         """
-        tensors, metadata = read_tensors(model_id, subfolder=subfolder, **kwargs)
-        config = PeftConfig.from_pretrained(
-            model_id, subfolder, ignore_unknown=ignore_unknown, **kwargs
+        adapter = adapter_to_load(
+            model_id, subfolder=subfolder, ignore_unknown=ignore_unknown, **kwargs
         )
-        start = read_start(model_id, config, metadata, subfolder=subfolder, **kwargs)
-        check_start(config, tensors, start, model_id)
         new = adapter_name not in self.peft_config
         known = {module for _, module in wrappers(self)}
         if new:
-            config = dataclasses.replace(config, inference_mode=not is_trainable)
-            self.add_adapter(
-                adapter_name, config, strict, autocast_adapter_dtype, inits=inits_from(start)
-            )
+            config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
+            inits = inits_from(adapter.start)
+            self.add_adapter(adapter_name, config, strict, autocast_adapter_dtype, inits=inits)
         else:
-            _check_scaling(config, self.peft_config[adapter_name], adapter_name, model_id)
+            here = self.peft_config[adapter_name]
+            check_same_meaning(adapter.config, here, adapter_name, model_id)
+        options = {"is_trainable": is_trainable, "strict": strict, "check_base": check_base}
         try:
-            saved_base = metadata if check_base else None
-            result = self._fill(adapter_name, tensors, saved_base, model_id, is_trainable, strict)
+            result = fill(self, adapter_name, adapter, model_id, **options)
             if not new:
-                self._restart(adapter_name, config.init_lora_weights, start)
+                take_start(self, adapter_name, adapter)
             return result
         except Exception:
             if new:
                 self.delete_adapter(adapter_name)
                 eject(self.get_base_model(), keep=known)
             raise
-
-    def _restart(self, name: str, init: bool | str, start: dict[str, Tensor]) -> None:
-        """Gives an adapter that is there the start that belongs to the tensors just loaded into it."""
-        here = self.peft_config[name]
-        replace_start(self, name, here.init_lora_weights, init, start)
-        here.init_lora_weights = init
-
-    def _fill(
-        self,
-        adapter_name: str,
-        tensors: dict[str, Tensor],
-        metadata: dict[str, Any] | None,
-        where: str | os.PathLike,
-        is_trainable: bool,
-        strict: bool,
-    ) -> LoadResult:
-        """Loads tensors into an adapter that is there; metadata: to check the base against, None for no check."""
-        if metadata is not None:
-            check_base(self, adapter_name, metadata.get("base"), tensors, where)
-        fitting = for_fused_tensors(self.get_base_model(), tensors)
-        result = set_peft_model_state_dict(self, fitting, adapter_name, strict=strict)
-        if adapter_name in self.active_adapters:
-            self.set_adapter(self.active_adapter, inference_mode=not is_trainable)
-        if not is_trainable:
-            self.eval()
-        return result
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -566,17 +527,3 @@ def get_peft_model(
 
 def _class_for(config: LoraConfig) -> type[PeftModel]:
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
-
-
-def _check_scaling(saved: LoraConfig, here: LoraConfig, name: str, where: Any) -> None:
-    fields = (
-        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-        *("trainable_token_indices", "layer_replication"),
-    )
-    differ = [f for f in fields if getattr(saved, f) != getattr(here, f)]
-    if differ:
-        found = ", ".join(f"{f}={getattr(saved, f)!r} (here {getattr(here, f)!r})" for f in differ)
-        raise AdapterMismatchError(
-            f"{where} was saved with {found}: its tensors would mean something else in adapter {name!r}. Load it under "
-            f"another name, or delete_adapter({name!r}) first."
-        )
