@@ -227,36 +227,6 @@ class PeftModel(nn.Module):
             adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, inits
         )
 
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-        *,
-        seed: int = 0,
-    ) -> None:
-        """A new adapter, not active, made of others: `LoraModel.add_weighted_adapter`."""
-        self.base_model.add_weighted_adapter(
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank,
-            svd_clamp,
-            svd_full_matrices,
-            svd_driver,
-            density,
-            majority_sign_method,
-            seed=seed,
-        )
-
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, act and (without `inference_mode`) trainable."""
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
