@@ -53,12 +53,12 @@ _PUBLIC = {
     "hotswap_adapter": "hotswap",
     "hotswap_adapter_from_state_dict": "hotswap",
     "initialize_lora_eva_weights": "calibration.eva",
-    "inject_adapter_in_model": "lora_model",
+    "inject_adapter_in_model": "adding",
     "load_peft_weights": "adapter_file",
     "merged_weight": "lora",
     "plan": "targets",
     "prepare_model_for_compiled_hotswap": "hotswap",
-    "prepare_model_for_kbit_training": "lora_model",
+    "prepare_model_for_kbit_training": "preparing",
     "preprocess_corda": "calibration.corda",
     "preprocess_loraga": "calibration.lora_ga",
     "read_adapter": "adapter_file",
@@ -74,6 +74,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from lowrank.adapter_file import Adapter, load_peft_weights, read_adapter, write_adapter
+    from lowrank.adding import inject_adapter_in_model
     from lowrank.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -107,8 +108,6 @@ if TYPE_CHECKING:
     from lowrank.lora import Lora, delta_weight, merged_weight
     from lowrank.lora_model import (
         LoraModel,
-        inject_adapter_in_model,
-        prepare_model_for_kbit_training,
         rows,
     )
     from lowrank.peft import (
@@ -122,6 +121,7 @@ if TYPE_CHECKING:
         get_peft_model,
     )
     from lowrank.peft_speedup import speedup, undo_speedup
+    from lowrank.preparing import prepare_model_for_kbit_training
     from lowrank.state import (
         get_base_model_state_dict,
         get_peft_model_state_dict,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import RowsError
-from lowrank.lora_model import checkpoints_activations
+from lowrank.preparing import checkpoints_activations
 from lowrank.routing import Routing
 
 NEVER = torch.iinfo(torch.int64).max  # the start of a row without the invocation

@@ -1,48 +1,31 @@
-"""Adapters in a whole model: adding one, and `LoraModel`, which acts on all of its layers at once."""
+"""`LoraModel`: a model with adapters in it, and what can be done to all of its layers at once."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank import functional
 from lowrank.adapter_file import Adapter
-from lowrank.adapter_layers import LORA_KEY, PREFIX
-from lowrank.calibration.starts import calibrated_inits, forget_calibration
+from lowrank.adding import activate, add_to_model
 from lowrank.combine import combine
 from lowrank.config import LoraConfig
 from lowrank.errors import (
-    AdapterNameError,
     CombineError,
     ConfigError,
     RowsError,
-    TargetError,
     did_you_mean,
 )
-from lowrank.fused_experts import for_fused_experts
-from lowrank.init import Init, loftq
-from lowrank.init_config import LoftQConfig
-from lowrank.inject import check_name, eject, inject
-from lowrank.layer_replication import original_of, replicate, restore
+from lowrank.init import Init
+from lowrank.inject import check_name, eject
 from lowrank.log import logger
-from lowrank.matching import pattern_value
 from lowrank.routing import BASE
 from lowrank.start_factors import as_plain_lora, start_factors
 from lowrank.state import adapter_keys, get_peft_model_state_dict, set_peft_model_state_dict
-from lowrank.targets import (
-    plan,
-    resolved,
-    saved_modules,
-    tied_saved_modules,
-    trained_rows,
-)
 from lowrank.unload import merge_all, unload, unmerge_all
-from lowrank.wrappers import adapter_names, base_biases, freeze_base, lora_layers, wrappers
+from lowrank.wrappers import adapter_names, wrappers
 
 
 class LoraModel(nn.Module):
@@ -185,7 +168,7 @@ class LoraModel(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else [*dict.fromkeys(adapter_name)]
         self.check_known(names)
-        _activate(self.model, self.peft_config, names, inference_mode)
+        activate(self.model, self.peft_config, names, inference_mode)
         self.active_adapter = names[0] if len(names) == 1 else names
 
     def enable_adapter_layers(self) -> None:
@@ -284,203 +267,3 @@ def rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         raise RowsError("adapter_names=… needs a model with adapters, and a name for each row.")
     with found[0].routing.route(names):
         yield
-
-
-def inject_adapter_in_model(
-    peft_config: LoraConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: dict[str, Tensor] | None = None,
-) -> nn.Module:
-    """Adds an active adapter to `model` in place, without a wrapper around it; sets `model.peft_config`.
-
-    state_dict: tensors by the keys of an adapter's file. The layers that they name, and no others, get the
-    adapter, with the ranks of their shapes; the values are not loaded.
-    """
-    if state_dict is not None:
-        peft_config = _as_in(state_dict, model, peft_config)
-    config = add_to_model(model, peft_config, adapter_name, True, low_cpu_mem_usage)
-    configs: dict[str, LoraConfig] = {**getattr(model, "peft_config", {}), adapter_name: config}
-    model.peft_config = configs  # type: ignore[assignment]
-    _activate(model, configs, [adapter_name], config.inference_mode)
-    return model
-
-
-def _as_in(tensors: Mapping[str, Tensor], model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """`config` with the layers that an adapter's keys name as targets, and the ranks of their shapes."""
-    ranks = {}
-    for key, tensor in tensors.items():
-        match = LORA_KEY.fullmatch(key.removeprefix(PREFIX))
-        if match and match[2].endswith("_A"):
-            ranks[match[1].replace(".base_layer", "")] = tensor.shape[0]
-    if config.target_parameters:  # fused experts: what a layer's keys belong to is not in the keys
-        return config
-    if not ranks:
-        raise ConfigError(
-            f"state_dict has no lora_A or lora_embedding_A among its {len(tensors)} keys: {list(tensors)[:3]}."
-        )
-    try:
-        same = {target.path for target in plan(model, config)} == set(ranks)
-    except TargetError:
-        same = False
-    if not same:
-        config = replace(
-            config,
-            target_modules=list(ranks),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-        )
-    others = {
-        f"^{re.escape(path)}": r
-        for path, r in ranks.items()
-        if r != pattern_value(config.rank_pattern, path, config.r)
-    }
-    kept = {key: r for key, r in config.rank_pattern.items() if key not in others}
-    return replace(config, rank_pattern=others | kept)
-
-
-def prepare_model_for_kbit_training(
-    model: nn.Module,
-    use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict | None = None,
-) -> nn.Module:
-    """Freezes the base, puts its 16-bit parameters into float32, and turns gradient checkpointing on.
-
-    An adapter that is already there stays as trainable as it is, so that this and `get_peft_model` may
-    come in either order; its copies of whole modules and its biases get the base's new dtype.
-    """
-    biases = [
-        parameter
-        for config in getattr(model, "peft_config", {}).values()
-        for parameter in base_biases(model, config.bias).values()
-        if parameter.requires_grad
-    ]
-    freeze_base(model)
-    for parameter in biases:
-        parameter.requires_grad_(True)
-    factors = {
-        id(parameter)
-        for _, layer in lora_layers(model)
-        for name in layer.r
-        for parameter in layer.adapter_parameters(name).values()
-    }
-    for parameter in model.parameters():
-        if id(parameter) not in factors and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-    if use_gradient_checkpointing:
-        let_gradients_in(model)
-        # transformers 5.23 renamed the method and its argument; the old names warn
-        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        enable = getattr(model, f"{word}_checkpointing_enable")
-        enable(**{f"{word}_checkpointing_kwargs": gradient_checkpointing_kwargs or {}})
-    return model
-
-
-def add_to_model(
-    model: nn.Module,
-    config: LoraConfig,
-    name: str,
-    cast_to_float32: bool,
-    meta: bool,
-    inits: Mapping[str, Init] | None = None,
-) -> LoraConfig:
-    """Plans and injects; returns the configuration with its targets spelled out.
-
-    inits: initialisations by path, in place of the configuration's.
-    """
-    check_name(model, name)
-    fresh = _stack(model, config)
-    try:
-        return _add(model, config, name, cast_to_float32, meta, inits)
-    except Exception:
-        if fresh:
-            restore(model)
-        raise
-
-
-def _stack(model: nn.Module, config: LoraConfig) -> bool:
-    """Replicates the layers if the configuration wants it; whether that changed the model."""
-    before = original_of(model)
-    if before is not None and not config.layer_replication:
-        raise TargetError(
-            f"This model's layers are stacked as {before.ranges} by another adapter (layer_replication), and this one was "
-            "made for the layers as they were: put it onto a base of its own."
-        )
-    if not config.layer_replication:
-        return False
-    if before is None and adapter_names(model):
-        raise TargetError(
-            "layer_replication changes the layers under the adapters that are there: put this one onto a base of its own."
-        )
-    replicate(model, config.layer_replication)
-    return before is None
-
-
-def _add(
-    model: nn.Module,
-    config: LoraConfig,
-    name: str,
-    cast_to_float32: bool,
-    meta: bool,
-    inits: Mapping[str, Init] | None,
-) -> LoraConfig:
-    config = for_fused_experts(model, config)
-    targets = plan(model, config)
-    saved = saved_modules(model, config)
-    tokens = trained_rows(model, config)
-    config = resolved(model, config, targets, saved)
-    if not inits and not meta:
-        inits = calibrated_inits(model, config, targets)
-    inject(
-        model,
-        targets,
-        name,
-        init=_initialisation(model, config),
-        inits=inits,
-        saved=saved,
-        tied=tied_saved_modules(model, config, saved),
-        tokens=tokens,
-        bias=config.bias,
-        cast_to_float32=cast_to_float32,
-        meta=meta,
-        invocation=config.alora_invocation_tokens,
-    )
-    forget_calibration(model, config, targets)
-    return config
-
-
-def _initialisation(model: nn.Module, config: LoraConfig) -> bool | str | Init:
-    """What `init_lora_weights` means, with its options bound to it."""
-    if config.init_lora_weights != "loftq":
-        return config.init_lora_weights
-    there = adapter_names(model)
-    if there:
-        raise AdapterNameError(
-            f'init_lora_weights="loftq" quantises the base, on which {there} stand: it must be the first adapter.'
-        )
-    options = LoftQConfig(**config.loftq_config)
-    return partial(loftq, bits=options.loftq_bits, iterations=options.loftq_iter)
-
-
-def _activate(
-    model: nn.Module, configs: dict[str, LoraConfig], names: list[str], inference_mode: bool
-) -> None:
-    functional.set_adapter(model, names, inference_mode)
-    for name, config in configs.items():
-        for parameter in base_biases(model, config.bias).values():
-            parameter.requires_grad_(name in names and not inference_mode)
-
-
-def checkpoints_activations(model: nn.Module) -> bool:
-    """Whether activation (gradient) checkpointing is on in a transformers model."""
-    new = getattr(model, "is_activation_checkpointing", None)
-    return bool(getattr(model, "is_gradient_checkpointing", False) if new is None else new)
-
-
-def let_gradients_in(model: nn.Module) -> None:
-    """With checkpointing and a frozen base, the first block's input must require a gradient to pass any back."""
-    enable = getattr(model, "enable_input_require_grads", None)
-    if enable is not None:
-        enable()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank import functional
 from lowrank.adapter_file import write_adapter
+from lowrank.adding import add_to_model
 from lowrank.alora import activated
 from lowrank.card import write_card
 from lowrank.compat import ensure_recognised
@@ -29,11 +30,9 @@ from lowrank.inject import eject
 from lowrank.loading import adapter_to_load, check_same_meaning, fill, take_start
 from lowrank.lora_model import (
     LoraModel,
-    add_to_model,
-    checkpoints_activations,
-    let_gradients_in,
     rows,
 )
+from lowrank.preparing import checkpoints_activations, let_gradients_in
 from lowrank.routing import Routing
 from lowrank.saving import adapter_of, converted, warn_of_other_readers
 from lowrank.start_factors import inits_from
