@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lowrank.bases.kinds import EMBEDDING, EXPERTS, Kind
+from lowrank.bases.stores import Store
 from lowrank.errors import AdapterNameError, InitDataError, MergeError, ShapeError
 from lowrank.factors import Factor
 from lowrank.init import WAITS_FOR, Init, Start, init_named, of_experts, taken_out
@@ -18,6 +19,7 @@ from lowrank.lora import (
     Lora,
     check_shapes,
     initial_magnitude,
+    merged_bias,
     merged_weight,
     weight_change,
 )
@@ -165,9 +167,8 @@ class LoraLayer(nn.Module):
         if not callable(init) and init in WAITS_FOR:
             self.waiting[name] = WAITS_FOR[init]
         if start.base is not None and weight.device.type != "meta":
-            store = self.kind.store(self.get_base_layer())
-            self._set_aside = (store.snapshot(),)
-            store.write(start.base)
+            self._set_aside = (self._store.snapshot(),)
+            self._store.write(start.base)
         if start.taken_out:
             self._set_start(name, start)
         if use_dora:
@@ -432,7 +433,7 @@ class LoraLayer(nn.Module):
     def _exchange(self) -> None:
         """Puts the weight that was set aside, if any, in the place of the other."""
         if self._set_aside:
-            store = self.kind.store(self.get_base_layer())
+            store = self._store
             (saved,), self._set_aside = self._set_aside, (store.snapshot(),)
             store.restore(saved)
 
@@ -525,47 +526,46 @@ class LoraLayer(nn.Module):
         new = [name for name in wanted if name in self.r and name not in self.merged_adapters]
         if not new:
             return
-        waiting = [name for name in new if name in self.routing.invocations]
-        if waiting:
-            raise MergeError(
-                f"Adapters {waiting} are activated LoRAs: they act on part of the positions only, which no weight can do."
-            )
-        if self._disabled:
-            raise MergeError("The adapters are disabled: enable_adapter_layers() before merging.")
         names = self.merged_adapters + new
-        left = [name for name in self._active if name in self.r and name not in names]
-        if any(self.use_dora[name] for name in left):
-            raise MergeError(
-                f"Adapters {left} use DoRA and stay active: merge them together with {new}, or none."
-            )
+        self._refuse_to_merge(new, names)
         loras = [self.lora(name) for name in names]
         base = self.get_base_layer()
-        store = self.kind.store(base)
         with torch.no_grad():
-            merged = merged_weight(self.unmerged_weight(), *loras)
-            biases = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
             bias = self._unmerged[1] if self._unmerged else getattr(base, self.kind.bias, None)
-            if biases and bias is None:
+            if bias is None and any(lora.bias is not None for lora in loras):
                 raise MergeError(
                     f"Adapters {names} have a bias (lora_bias=True) and the base layer has none to add it to."
                 )
-            merged_bias: Tensor | None = None
-            if bias is not None and biases:
-                wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
-                merged_bias = sum(biases, wide).to(bias.dtype)
-            for tensor in (merged, merged_bias):
+            weight = merged_weight(self.unmerged_weight(), *loras)
+            new_bias = None if bias is None else merged_bias(bias, *loras)
+            for tensor in (weight, new_bias):
                 if tensor is not None and not torch.isfinite(tensor).all():
                     raise MergeError(
                         f"Merging {names} gives NaN or infinity in {tensor.dtype}; this layer is as it was."
                     )
             if self._unmerged is None:
-                self._unmerged = (store.snapshot(), bias)
-            store.write(merged)
-            if bias is not None and merged_bias is not None:
+                self._unmerged = (self._store.snapshot(), bias)
+            self._store.write(weight)
+            if bias is not None and new_bias is not None:
                 base._parameters[self.kind.bias] = nn.Parameter(
-                    merged_bias, requires_grad=bias.requires_grad
+                    new_bias, requires_grad=bias.requires_grad
                 )
         self.merged_adapters = names
+
+    def _refuse_to_merge(self, new: list[str], names: list[str]) -> None:
+        """Raises MergeError if `new` cannot be merged. names: all that would then be merged."""
+        activated = [name for name in new if name in self.routing.invocations]
+        if activated:
+            raise MergeError(
+                f"Adapters {activated} are activated LoRAs: they act on part of the positions only, which no weight can do."
+            )
+        if self._disabled:
+            raise MergeError("The adapters are disabled: enable_adapter_layers() before merging.")
+        left = [name for name in self._active if name in self.r and name not in names]
+        if any(self.use_dora[name] for name in left):
+            raise MergeError(
+                f"Adapters {left} use DoRA and stay active: merge them together with {new}, or none."
+            )
 
     def unmerge(self) -> None:
         """Puts the base weight back as it was before the merge, every bit of it."""
@@ -573,10 +573,9 @@ class LoraLayer(nn.Module):
         if self._unmerged is None:
             return
         weight, bias = self._unmerged
-        base = self.get_base_layer()
-        self.kind.store(base).restore(weight)
+        self._store.restore(weight)
         if bias is not None:
-            base._parameters[self.kind.bias] = bias
+            self.get_base_layer()._parameters[self.kind.bias] = bias
         self._unmerged, self.merged_adapters = None, []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraLayer":
@@ -597,11 +596,15 @@ class LoraLayer(nn.Module):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base weight, in that weight's own shape; float32."""
         change = weight_change(self.unmerged_weight(), self.lora(adapter))
-        return self.kind.store(self.get_base_layer()).shaped(change)
+        return self._store.shaped(change)
 
     def get_base_layer(self) -> nn.Module:
         """The module without any adapter around it."""
         return self.chain()[-1].base_layer
+
+    @property
+    def _store(self) -> Store:
+        return self.kind.store(self.get_base_layer())
 
     def chain(self) -> "list[LoraLayer]":
         """This layer and those inside it that adapt other parameters of the same module, outermost first."""
@@ -614,7 +617,7 @@ class LoraLayer(nn.Module):
         """What a merge has replaced, as it was, by its name within this layer; empty if nothing is merged."""
         if self._unmerged is None:
             return {}
-        weight = self.kind.store(self.get_base_layer()).shaped(self.unmerged_weight())
+        weight = self._store.shaped(self.unmerged_weight())
         base = "base_layer." * len(self.chain())
         found = {f"{base}{self.kind.weight}": weight}
         if self._unmerged[1] is not None:
@@ -629,7 +632,7 @@ class LoraLayer(nn.Module):
 
     def unmerged_weight(self) -> Tensor:
         """W (out, in) without any adapter in it; under LoftQ the quantised one, on which its adapter stands."""
-        store = self.kind.store(self.get_base_layer())
+        store = self._store
         if self._disabled and self._set_aside:
             return store.read_snapshot(self._set_aside[0])
         return store.read() if self._unmerged is None else store.read_snapshot(self._unmerged[0])

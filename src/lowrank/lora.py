@@ -63,6 +63,14 @@ def unrounded_merged_weight(W: Tensor, *loras: Lora) -> Tensor:
     return sum((weight_change(W, lora) for lora in loras), W.to(dtype))
 
 
+def merged_bias(bias: Tensor, *loras: Lora) -> Tensor | None:
+    """`bias` (out,) with the adapters' own, summed in float32, in bias's dtype; None if they have none."""
+    changes = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
+    if not changes:
+        return None
+    return sum(changes, bias.to(_accumulation_dtype(bias))).to(bias.dtype)
+
+
 def add_change_(W: Tensor, lora: Lora) -> Tensor:
     """`W` itself, (out, in) in float32 or float64, with what `lora` changes added in place."""
     if lora.magnitude is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowrank.dora_norm import known_norm
 from lowrank.kernels.low_rank_add import low_rank_weight
-from lowrank.lora import Lora, check_shapes, weight_change
+from lowrank.lora import Lora, check_shapes, merged_bias, weight_change
 
 
 def add_output_change(
@@ -79,9 +79,8 @@ def weights_with(layer: Any, names: list[str]) -> dict[str, Tensor]:
     else:
         changed = (W + sum(weight_change(original, lora) for lora in loras)).to(W.dtype)
     found = {layer.kind.weight: store.shaped(changed)}
-    biases = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]
-    if biases:
-        bias = getattr(base, layer.kind.bias)
-        start = torch.zeros_like(biases[0]) if bias is None else bias
-        found[layer.kind.bias] = sum(biases, start).to(W.dtype)
+    bias = getattr(base, layer.kind.bias, None)
+    bias = merged_bias(W.new_zeros(W.shape[-2]) if bias is None else bias, *loras)
+    if bias is not None:
+        found[layer.kind.bias] = bias.to(W.dtype)
     return found
