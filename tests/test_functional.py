@@ -58,6 +58,17 @@ def test_delete_adapter_returns_what_is_active_now():
     assert torch.equal(tiny.logits(model), tiny.logits(tiny.llama()))
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_deleting_the_active_adapter_activates_the_first_that_is_left(learns):
+    model = two()
+    functional.set_adapter(model, "a")
+    expected = tiny.logits(model)
+    functional.set_adapter(model, "b", inference_mode=not learns)
+    assert functional.delete_adapter(model, "b") == ["a"]
+    assert torch.equal(tiny.logits(model), expected)
+    assert ("a" in trainable(model)) == learns
+
+
 def test_a_merged_adapter_is_not_deleted():
     model = two()
     next(m for m in model.modules() if isinstance(m, LoraLayer)).merge(adapter_names=["b"])

@@ -367,3 +367,15 @@ def test_a_tied_pair_with_indices_of_its_own_comes_apart():
     changed = [(w != original).any(1).nonzero().flatten().tolist() for w in weights]
     assert changed == [[4, 9], [3, 4, 71]]
     assert not merged.config.tie_word_embeddings
+
+
+def test_it_names_all_that_are_active_as_a_layer_does():
+    """transformers asks the first module for the model's active adapters, and saves what that answers."""
+    model = lowrank.get_peft_model(
+        llama(), lowrank.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5])
+    )
+    model.add_adapter("other", lowrank.LoraConfig(target_modules=["q_proj"]))
+    wrapper = model.get_submodule("base_model.model.model.embed_tokens")
+    for names in ("other", ["default", "other"], "default"):
+        model.set_adapter(names)
+        assert wrapper.active_adapter == names

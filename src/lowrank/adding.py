@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowrank import functional
 from lowrank.adapter_layers import LORA_KEY, PREFIX
-from lowrank.calibration.starts import calibrated_inits, forget_calibration
+from lowrank.calibration.starts import calibrated_inits, forget_calibration, starts_from_data
 from lowrank.config import LoraConfig
 from lowrank.errors import (
     AdapterNameError,
@@ -138,8 +138,16 @@ def inject_adapter_in_model(
     """Adds an active adapter to `model` in place, without a wrapper around it; sets `model.peft_config`.
 
     state_dict: tensors by the keys of an adapter's file. The layers that they name, and no others, get the
-    adapter, with the ranks of their shapes; the values are not loaded.
+    adapter, with the ranks of their shapes; the values are not loaded. Raises ConfigError for a start from data
+    that is taken out of W (CorDA, LoRA-GA): only a PeftModel saves and loads it.
     """
+    init = peft_config.init_lora_weights
+    if starts_from_data(init):
+        raise ConfigError(
+            f"init_lora_weights={init!r} takes its start out of the base's weights, and a model without a PeftModel around "
+            "it would not save that. To train: get_peft_model(model, config). To load such a folder: "
+            "PeftModel.from_pretrained(model, folder), or have it saved with as_plain_lora=True."
+        )
     if state_dict is not None:
         peft_config = _as_in(state_dict, model, peft_config)
     config = add_to_model(model, peft_config, adapter_name, True, low_cpu_mem_usage)

@@ -51,7 +51,7 @@ def delete_adapter(
 ) -> list[str] | None:
     """Removes the adapter's tensors; its entry in `model.peft_config`, if any, stays.
 
-    Returns the names of the adapters that are active now, or None. Raises MergeError if it is merged, AdapterNameError
+    If it was the only active one, the first that is left becomes active, and as trainable as it was. Returns the names of the adapters that are active now, or None. Raises MergeError if it is merged, AdapterNameError
     if it quantised the base (LoftQ) and others stand on that.
     """
     del prefix  # "lora_", the only one there is
@@ -66,10 +66,21 @@ def delete_adapter(
             f"Adapter {adapter_name!r} quantised the base (LoftQ), and {others} stand on the quantised weights: "
             "delete those first, or load them onto the original base."
         )
+    modules = _of_class(model, layer_cls)
+    before = {name for module in modules for name in module.active_adapters}
+    trained = any(
+        parameter.requires_grad
+        for module in modules
+        if adapter_name in module.adapters
+        for parameter in module.adapter_parameters(adapter_name).values()
+    )
     active: dict[str, None] = {}
-    for module in _of_class(model, layer_cls):
+    for module in modules:
         module.delete_adapter(adapter_name)
         active.update(dict.fromkeys(module.active_adapters))
+    if before == {adapter_name} and others:
+        set_adapter(model, others[0], inference_mode=not trained, layer_cls=layer_cls)
+        return others[:1]
     return list(active) or None
 
 

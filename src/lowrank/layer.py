@@ -205,12 +205,16 @@ class LoraLayer(nn.Module):
         self._set_requires_grad([name], trainable)
 
     def refuse_waiting(self, names: Iterable[str]) -> None:
-        """Raises InitDataError if one of the adapters has no values yet."""
+        """Raises InitDataError if one of the adapters has no values yet: A is zero, unless a file was loaded into it."""
         for name in names:
-            if name in self.waiting:
+            if name not in self.waiting:
+                continue
+            A, _ = self._factors(name)
+            if A.is_meta or not A.any():
                 raise InitDataError(
                     f"Adapter {name!r} has no values yet: {self.waiting[name]} gives them."
                 )
+            del self.waiting[name]
 
     def _start(self, init: bool | str | Init, r: int, scaling: float) -> Start:
         function = init if callable(init) else init_named(init, self.kind.layout is EMBEDDING)

@@ -44,7 +44,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+        """As a LoraLayer's: with those that have nothing here, because transformers asks one module for all."""
+        return self._active[0] if len(self._active) == 1 else list(self._active)
 
     @property
     def disable_adapters(self) -> bool:

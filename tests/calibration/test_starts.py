@@ -4,11 +4,11 @@ import pytest
 import tiny
 import torch
 
-from lowrank import LoraConfig, PeftModel, get_peft_model
+from lowrank import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from lowrank.calibration.corda import preprocess_corda
 from lowrank.calibration.eva import get_eva_state_dict, initialize_lora_eva_weights
 from lowrank.calibration.lora_ga import GRADIENT, preprocess_loraga
-from lowrank.errors import InitDataError
+from lowrank.errors import ConfigError, InitDataError
 from lowrank.init import corda, lora_ga
 from lowrank.wrappers import lora_layers
 
@@ -132,6 +132,16 @@ def test_an_adapter_without_values_does_nothing_unnoticed(tmp_path):
         torch.testing.assert_close(tiny.logits(model), tiny.logits(tiny.llama()))
 
 
+def test_values_that_another_library_loads_are_values():
+    """As transformers' load_adapter does: inject, then copy the file's tensors into the parameters."""
+    ready = get_peft_model(tiny.llama(), config(tiny.llama, True))
+    expected = tiny.logits(tiny.randomise(ready))
+    model = inject_adapter_in_model(config(tiny.llama, "eva"), tiny.llama())
+    tensors = ready.get_base_model().state_dict()
+    model.load_state_dict({key: t for key, t in tensors.items() if ".lora_" in key}, strict=False)
+    assert torch.equal(tiny.logits(model), expected)
+
+
 def test_a_state_that_does_not_fit_is_refused_as_a_whole():
     model = get_peft_model(tiny.llama(), config(tiny.llama, "eva"))
     state = get_eva_state_dict(model, data())
@@ -243,6 +253,15 @@ def test_without_data_the_model_stays_as_it_is(init):
         get_peft_model(model, config(tiny.llama, init))
     assert not list(lora_layers(model))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_without_a_peft_model_the_start_would_not_be_saved(init):
+    model = tiny.llama()
+    before = tiny.bits(model)
+    with pytest.raises(ConfigError, match=r"PeftModel\.from_pretrained"):
+        inject_adapter_in_model(config(tiny.llama, init), model)
+    assert tiny.same_bits(tiny.bits(model), before)
 
 
 def test_components_of_another_rank_are_refused():

@@ -52,6 +52,11 @@ def calibrated_inits(
     return found
 
 
+def starts_from_data(init: bool | str) -> bool:
+    """Whether `init_lora_weights=init` takes out of W what only a calibration's data give."""
+    return init in _CALIBRATIONS
+
+
 def forget_calibration(model: nn.Module, config: LoraConfig, targets: Sequence[Target]) -> None:
     """Takes what was used off the layers."""
     calibration = _CALIBRATIONS.get(config.init_lora_weights)
