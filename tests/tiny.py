@@ -8,21 +8,26 @@ from torch import Tensor, nn
 
 IDS = torch.tensor([[1, 5, 7, 9, 33, 12, 4], [2, 4, 6, 8, 10, 3, 88], [11, 9, 2, 71, 7, 3, 5]])
 
+SIZES = {
+    "vocab_size": 93,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+DECODER = {
+    **SIZES,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
 
 def llama(tied=False, vocab=93, layers=2, dtype=torch.float64, seed=0, **options):
+    sizes = {**DECODER, "vocab_size": vocab, "num_hidden_layers": layers}
     config = transformers.LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **options,
+        **sizes, intermediate_size=40, tie_word_embeddings=tied, **options
     )
     return _built(transformers.LlamaForCausalLM, config, dtype, seed)
 
@@ -65,12 +70,8 @@ def t5(dtype=torch.float64, seed=0, **options):
 
 def bert(kind=transformers.BertForMaskedLM, dtype=torch.float64, seed=0, **options):
     config = transformers.BertConfig(
-        vocab_size=93,
-        hidden_size=24,
+        **SIZES,
         intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         **options,
@@ -81,18 +82,10 @@ def bert(kind=transformers.BertForMaskedLM, dtype=torch.float64, seed=0, **optio
 def mixtral(dtype=torch.float64, seed=0, **options):
     """Experts of (32, 24) and (24, 16), three of them, of which a token meets two."""
     config = transformers.MixtralConfig(
-        vocab_size=93,
-        hidden_size=24,
+        **DECODER,
         intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         num_local_experts=3,
         num_experts_per_tok=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
         **options,
     )
     return _built(transformers.MixtralForCausalLM, config, dtype, seed)
@@ -100,21 +93,13 @@ def mixtral(dtype=torch.float64, seed=0, **options):
 
 def qwen3_moe(dtype=torch.float64, seed=0):
     config = transformers.Qwen3MoeConfig(
-        vocab_size=93,
-        hidden_size=24,
+        **DECODER,
         intermediate_size=28,
         moe_intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=6,
         num_experts=5,
         num_experts_per_tok=2,
         mlp_only_layers=[0],
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
     )
     return _built(transformers.Qwen3MoeForCausalLM, config, dtype, seed)
 
@@ -122,19 +107,11 @@ def qwen3_moe(dtype=torch.float64, seed=0):
 def gpt_oss(dtype=torch.float64, seed=0):
     """Experts held transposed, (24, 32) and (16, 24), with biases."""
     config = transformers.GptOssConfig(
-        vocab_size=93,
-        hidden_size=24,
+        **DECODER,
         intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=6,
         num_local_experts=3,
         num_experts_per_tok=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
     )
     return _built(transformers.GptOssForCausalLM, config, dtype, seed)
 
@@ -142,20 +119,12 @@ def gpt_oss(dtype=torch.float64, seed=0):
 def llama4(dtype=torch.float64, seed=0):
     """Experts held transposed, (24, 32) and (16, 24), which their module does not say."""
     config = transformers.Llama4TextConfig(
-        vocab_size=93,
-        hidden_size=24,
+        **DECODER,
         intermediate_size=16,
         intermediate_size_mlp=28,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=6,
         num_local_experts=3,
         num_experts_per_tok=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
     )
     return _built(transformers.Llama4ForCausalLM, config, dtype, seed)
 
