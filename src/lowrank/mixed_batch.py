@@ -24,21 +24,29 @@ def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
     count = len(layer.routing.names)
     if layer.disable_adapters:
         return y
-    y = _original_rows(layer, x, y)
     rows = {name: found for name, found in groups(layer.routing.names).items() if name in layer.r}
-    if not rows:
-        return y
-    if layer.kind.op is None:
+    if rows and layer.kind.op is None:
+        raise one_weight_for_all(layer)
+    if rows and y.ndim <= -layer.kind.op.channel(layer.base_layer):
         raise RowsError(
-            f"A {type(layer.get_base_layer()).__name__} is adapted through its weight, of which there is one for all "
-            "rows: adapter_names=… does not work with it. Run the adapters one after another."
+            f"A {type(layer.base_layer).__name__} was given {tuple(x.shape)}, which has no dimension for the rows of a "
+            "batch: adapter_names=… does not work with it. Run the adapters one after another."
         )
+    y = _original_rows(layer, x, y)
     for names in _batches(layer, rows):
         if len(names) > 1:
             y = _one_product(layer, names, [rows[name] for name in names], x, y, count)
         else:
             y = _one_adapter(layer, names[0], rows[names[0]], x, y, count)
     return y
+
+
+def one_weight_for_all(layer: Any) -> RowsError:
+    """What is raised where rows would need different weights at once."""
+    return RowsError(
+        f"A {type(layer.get_base_layer()).__name__} is adapted through its weight, of which there is one for all "
+        "rows: adapter_names=… does not work with it. Run the adapters one after another."
+    )
 
 
 def _original_rows(layer: Any, x: Tensor, y: Tensor) -> Tensor:
