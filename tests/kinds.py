@@ -270,7 +270,7 @@ def attention(part: str, batch_first: bool = True, causal: bool = False, padded=
             y = attend(base.in_proj_weight.double(), base.in_proj_bias.double(), W, b, x, 2, mask)
         return y if batch_first else y.transpose(0, 1)
 
-    x = torch.randn(2, 5, 6) / 2  # a sharper softmax would magnify the rounding
+    x = torch.randn(2, 5, 6) / 4  # a sharper softmax would magnify the rounding
     case = Case(layer, x if batch_first else x.transpose(0, 1).contiguous(), truth, how="weight")
     case.call, case.batched = call, batch_first
     if part == "in_proj":

@@ -85,6 +85,20 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
+def forward(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output for x, or its logits for token ids x."""
+    if x.dtype != torch.int64:
+        return model(x=x)
+    decoder = {"decoder_input_ids": x.flip(0)} if model.config.is_encoder_decoder else {}
+    return model(input_ids=x, **decoder).logits
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    """The same without a gradient."""
+    with torch.no_grad():
+        return forward(model, x)
+
+
 def on(*names: str, **fields: Any) -> dict[str, Any]:
     return {"target_modules": list(names), **fields}
 

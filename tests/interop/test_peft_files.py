@@ -1,24 +1,13 @@
-"""Adapter files: PEFT writes and we read, we write and PEFT reads; keys, shapes, bits and logits equal."""
+"""Files of PEFT's and ours beyond test_peft_both_ways.py: attention, resized vocabularies, pickles, 16 bits."""
 
-import json
 import warnings
 
 import pytest
 import torch
 import transformers
+from features import SEQUENCES, Attention, output, plain
 from safetensors.torch import load_file
-from tiny import (
-    IDS,
-    bert,
-    gpt2,
-    llama,
-    llama_classifier,
-    merged_by_hand,
-    randomise,
-    same_bits,
-    t5,
-)
-from torch import nn
+from tiny import IDS, llama, merged_by_hand, randomise, same_bits
 
 import lowrank
 from lowrank.errors import AdapterFileError, LowrankError
@@ -34,145 +23,8 @@ pytestmark = [
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-class Convolutions(nn.Module):
-    """(batch, 3, 9, 8) -> (batch, 4)."""
-
-    def __init__(self):
-        super().__init__()
-        # PEFT's conv layers know neither dilation nor padding_mode nor (in part) groups
-        self.conv = nn.Conv2d(3, 6, (3, 2), stride=2, padding=1)
-        self.line = nn.Conv1d(6, 5, 3, padding=1)
-        self.head = nn.Linear(5, 4)
-
-    def forward(self, x):
-        x = torch.tanh(self.conv(x)).flatten(2)
-        return self.head(torch.tanh(self.line(x)).mean(-1))
-
-
-class Cube(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv3d(2, 5, (3, 2, 1), stride=(1, 2, 1))
-
-    def forward(self, x):
-        return self.conv(x)
-
-
-class Attention(nn.Module):
-    """(batch, sequence, 12) -> the same, through torch's own attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
-        self.linear = nn.Linear(12, 7)
-
-    def forward(self, x):
-        return self.linear(self.attention(x, x, x, need_weights=False)[0])
-
-
-def plain(kind):
-    def build():
-        torch.manual_seed(0)
-        return kind().double().eval()
-
-    return build
-
-
-def sequence_classifier():
-    return bert(transformers.BertForSequenceClassification)
-
-
-def numbers(*shape):
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-
-# name -> builder of the base, its input, fields of the configuration
-CASES = {
-    "linear": (llama, IDS, {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
-    "all-linear": (llama, IDS, {"target_modules": "all-linear"}),
-    "by architecture": (llama, IDS, {}),
-    "regular expression": (llama, IDS, {"target_modules": r".*layers\.1\..*(q|up)_proj"}),
-    "some layers": (llama, IDS, {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
-    "rslora": (llama, IDS, {"target_modules": ["q_proj"], "use_rslora": True}),
-    "patterns": (
-        llama,
-        IDS,
-        {
-            "target_modules": ["q_proj", "v_proj"],
-            "rank_pattern": {"v_proj": 2, "layers.1.self_attn.q_proj": 5},
-            "alpha_pattern": {"q_proj": 11},
-        },
-    ),
-    "dora": (llama, IDS, {"target_modules": ["q_proj", "v_proj"], "use_dora": True}),
-    "lora_bias": (
-        lambda: llama(attention_bias=True),
-        IDS,
-        {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
-    ),
-    "lora_bias without a bias": (llama, IDS, {"target_modules": ["q_proj"], "lora_bias": True}),
-    "Conv1D": (gpt2, IDS, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "Conv1D, dora": (
-        gpt2,
-        IDS,
-        {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True},
-    ),
-    "embedding": (gpt2, IDS, {"target_modules": ["wpe", "c_attn"], "fan_in_fan_out": True}),
-    "embedding, dora": (gpt2, IDS, {"target_modules": ["wpe"], "use_dora": True}),
-    "word embedding": (llama, IDS, {"target_modules": ["embed_tokens", "q_proj"]}),
-    "lm_head": (llama, IDS, {"target_modules": ["lm_head", "q_proj"]}),
-    "tied lm_head": (lambda: llama(tied=True), IDS, {"target_modules": ["lm_head"]}),
-    "bias lora_only": (
-        gpt2,
-        IDS,
-        {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only", "fan_in_fan_out": True},
-    ),
-    "bias all": (bert, IDS, {"target_modules": ["query"], "bias": "all"}),
-    "bias all, saved head": (
-        sequence_classifier,
-        IDS,
-        {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"},
-    ),
-    "modules_to_save": (
-        llama,
-        IDS,
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
-    ),
-    "saved embedding": (
-        llama,
-        IDS,
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    ),
-    "classifier": (llama_classifier, IDS, {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
-    "seq2seq": (t5, IDS, {"target_modules": ["q", "v", "wo"], "task_type": "SEQ_2_SEQ_LM"}),
-    "encoder": (bert, IDS, {"target_modules": ["query", "dense"]}),
-    "convolution": (
-        plain(Convolutions),
-        numbers(2, 3, 9, 8),
-        {"target_modules": ["conv", "line", "head"]},
-    ),
-    "convolution, dora": (
-        plain(Convolutions),
-        numbers(2, 3, 9, 8),
-        {"target_modules": ["conv", "head"], "use_dora": True},
-    ),
-    "3-d convolution": (plain(Cube), numbers(2, 2, 4, 5, 3), {"target_modules": ["conv"]}),
-}
-
-
 def config_fields(fields):
     return {"r": 3, "lora_alpha": 5, **fields}
-
-
-def output(model, x):
-    if x.dtype != torch.int64:
-        arguments = {"x": x}
-    else:
-        decoder = {"decoder_input_ids": x.flip(0)} if model.config.is_encoder_decoder else {}
-        arguments = {"input_ids": x, **decoder}
-    with torch.no_grad():
-        found = model(**arguments)
-    return found if isinstance(found, torch.Tensor) else found.logits
 
 
 def peft_model(build, fields):
@@ -184,81 +36,6 @@ def our_model(build, fields):
     return randomise(lowrank.get_peft_model(build(), config)).eval()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_peft_writes_and_we_read(case, tmp_path):
-    build, x, fields = CASES[case]
-    theirs = peft_model(build, fields)
-    theirs.save_pretrained(tmp_path)
-    expected = output(theirs, x)
-    assert (expected - output(build(), x)).abs().max() > 1e-3
-    ours = lowrank.PeftModel.from_pretrained(build(), tmp_path)
-    torch.testing.assert_close(output(ours, x), expected, **CLOSE)
-    # what we write again is, bit for bit, what they wrote (beside base weights that nobody changed)
-    again = lowrank.get_peft_model_state_dict(ours)
-    written = load_file(tmp_path / "adapter_model.safetensors")
-    redundant = {key for key in written if ".original_module." in key or ".modules_to_save." in key}
-    base = {key for key in written if "base_layer.weight" in key} | redundant
-    assert same_bits(again, {key: tensor for key, tensor in written.items() if key not in base})
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_we_write_and_peft_reads(case, tmp_path):
-    build, x, fields = CASES[case]
-    ours = our_model(build, fields)
-    ours.save_pretrained(tmp_path)
-    expected = output(ours, x)
-    assert (expected - output(build(), x)).abs().max() > 1e-3
-    theirs = peft.PeftModel.from_pretrained(build(), tmp_path)
-    torch.testing.assert_close(output(theirs, x), expected, **CLOSE)
-    # PEFT's merge has nowhere to put a bias, and merges into both sides of a tied pair
-    if case not in ("lora_bias without a bias", "tied lm_head"):
-        torch.testing.assert_close(output(theirs.merge_and_unload(), x), expected, **CLOSE)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_keys_and_shapes_of_the_files_are_equal(case, tmp_path):
-    build, _, fields = CASES[case]
-    peft_model(build, fields).save_pretrained(tmp_path / "theirs")
-    our_model(build, fields).save_pretrained(tmp_path / "ours")
-    theirs = shapes(tmp_path / "theirs")
-    ours = shapes(tmp_path / "ours")
-    for key in set(theirs) - set(ours):
-        # PEFT also writes embeddings that it adapts but that did not change, and saved biases twice
-        assert (
-            key.endswith("base_layer.weight")
-            or ".modules_to_save." in key
-            or (".original_module." in key)
-        ), key
-    assert ours.items() <= theirs.items()
-
-
-def shapes(folder):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_configurations_say_the_same(case, tmp_path):
-    build, _, fields = CASES[case]
-    theirs, ours = peft_model(build, fields), our_model(build, fields)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours.save_pretrained(tmp_path / "ours")
-    a, b = (
-        json.loads((tmp_path / who / "adapter_config.json").read_text())
-        for who in ("theirs", "ours")
-    )
-    assert set(a) == set(b)
-    different = {key for key in a if normal(a[key]) != normal(b[key])}
-    # PEFT names heads that this model lacks too, and spells all-linear out in another way
-    assert different <= {"peft_version", "modules_to_save", "target_modules"}
-    assert peft.PeftConfig.from_pretrained(tmp_path / "ours").peft_type == "LORA"
-    assert lowrank.PeftConfig.from_pretrained(tmp_path / "theirs").r == 3
-
-
-def normal(value):
-    return sorted(value) if isinstance(value, list) else value
-
-
 # --- MultiheadAttention ---------------------------------------------------------------------------
 
 
@@ -267,7 +44,7 @@ def test_multihead_attention_of_peft(tmp_path):
 
     So its file is refused until out_proj is asked for; then every change counts once, as it is written.
     """
-    build, x = plain(Attention), numbers(2, 6, 12)
+    build, x = plain(Attention), SEQUENCES
     peft_model(build, {"target_modules": ["attention"]}).save_pretrained(tmp_path)
     with pytest.raises(LowrankError, match=r"attention\.base_layer\.out_proj\.lora_A"):
         lowrank.PeftModel.from_pretrained(build(), tmp_path)
@@ -284,7 +61,7 @@ def test_multihead_attention_of_peft(tmp_path):
 
 def test_multihead_attention_of_ours(tmp_path):
     """Without out_proj there is nothing that PEFT could count twice."""
-    build, x = plain(Attention), numbers(2, 6, 12)
+    build, x = plain(Attention), SEQUENCES
     ours = our_model(build, {"target_modules": ["attention"]})
     ours.save_pretrained(tmp_path)
     truth = merged_by_hand(build(), lowrank.get_peft_model_state_dict(ours), 5 / 3)

@@ -1,8 +1,13 @@
 """Initialisations that change W, with PEFT's files: same logits both ways, and as a plain LoRA everywhere."""
 
+import dataclasses
+import importlib
+import sys
+import types
+
 import pytest
 import torch
-from tiny import gpt2, llama, logits, randomise
+from tiny import IDS, gpt2, llama, logits, randomise
 
 import lowrank
 
@@ -99,3 +104,76 @@ def test_the_initial_adapter_of_peft_is_recognised(tmp_path):
     ours.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=start)
     again = peft.PeftModel.from_pretrained(base(), tmp_path / "plain")
     close(logits(again), logits(theirs))
+
+
+# --- starts from data, and LoftQ ------------------------------------------------------------------
+
+
+def started(library, init, monkeypatch):
+    """The library's model with an adapter that started from the same data."""
+    # PEFT's CorDA imports attrs, for dataclass, without asking for it to be installed
+    attr = types.ModuleType("attr")
+    attr.dataclass = dataclasses.dataclass
+    monkeypatch.setitem(sys.modules, "attr", attr)
+    where = {lowrank: "lowrank", peft: "peft.tuners.lora.config"}[library]
+    kind = {"corda": "CordaConfig", "lora_ga": "LoraGAConfig", "eva": "EvaConfig"}[init]
+    options = {f"{init}_config": getattr(importlib.import_module(where), kind)()}
+    config = library.LoraConfig(**FIELDS, init_lora_weights=init, **options)
+    model = base()
+    torch.manual_seed(3)
+    ids = torch.randint(3, 93, (12, 9))
+    if init == "corda":
+        corda = lowrank if library is lowrank else importlib.import_module("peft.tuners.lora.corda")
+        # PEFT looks at one row at a time
+        corda.preprocess_corda(
+            model, config, run_model=lambda: [model(input_ids=row[None]) for row in ids]
+        )
+    if init == "lora_ga":
+        library.preprocess_loraga(
+            model, config, lambda: model(input_ids=IDS, labels=IDS).loss.backward()
+        )
+    adapted = library.get_peft_model(model, config)
+    if init == "eva":
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        library.initialize_lora_eva_weights(adapted, [batch], show_progress_bar=False)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_starts_from_data_go_both_ways_as_plain_loras(init, tmp_path, monkeypatch):
+    """As PEFT's users do it: the initial adapter is kept, and taken off when the trained one is saved."""
+    before = logits(base())
+    theirs = started(peft, init, monkeypatch)
+    close(logits(theirs), before)
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = init
+    randomise(theirs)
+    start = str(tmp_path / "start")
+    theirs.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=start)
+    ours = started(lowrank, init, monkeypatch)
+    close(logits(ours), before)
+    randomise(ours).save_pretrained(tmp_path / "ours", as_plain_lora=True)
+    for writer, reader, folder in ((theirs, lowrank, "theirs"), (ours, peft, "ours")):
+        read = reader.PeftModel.from_pretrained(base(), tmp_path / folder).eval()
+        close(logits(read), logits(writer))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eva_goes_both_ways(tmp_path, monkeypatch):
+    for writer, reader in ((lowrank, peft), (peft, lowrank)):
+        written = randomise(started(writer, "eva", monkeypatch))
+        written.save_pretrained(tmp_path / writer.__name__)
+        read = reader.PeftModel.from_pretrained(base(), tmp_path / writer.__name__).eval()
+        close(logits(read), logits(written))
+
+
+def test_a_base_that_loftq_quantised_carries_its_adapter_there(tmp_path):
+    """The other way needs a GPU: PEFT's LoftQ computes on one, whatever the model."""
+    options = {"init_lora_weights": "loftq", "loftq_config": lowrank.LoftQConfig(loftq_bits=4)}
+    ours = lowrank.get_peft_model(base(), lowrank.LoraConfig(**FIELDS, **options))
+    expected = logits(randomise(ours).eval())
+    ours.peft_config["default"].init_lora_weights = True
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(ours.unload(keep_quantised=True), tmp_path)
+    close(logits(theirs.eval()), expected)
