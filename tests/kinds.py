@@ -37,6 +37,8 @@ class Case:
     channel: int = -1
     # whether the input's first dimension is that of a batch
     batched: bool = True
+    # how much more the layer itself rounds than one product does: a softmax, on the way there and back
+    rounding: float = 1.0
     # methods that plan() refuses beside those of REFUSED in the test, and a word of the reason
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -270,9 +272,9 @@ def attention(part: str, batch_first: bool = True, causal: bool = False, padded=
             y = attend(base.in_proj_weight.double(), base.in_proj_bias.double(), W, b, x, 2, mask)
         return y if batch_first else y.transpose(0, 1)
 
-    x = torch.randn(2, 5, 6) / 4  # a sharper softmax would magnify the rounding
+    x = torch.randn(2, 5, 6) / 2  # a sharper softmax would magnify the rounding
     case = Case(layer, x if batch_first else x.transpose(0, 1).contiguous(), truth, how="weight")
-    case.call, case.batched = call, batch_first
+    case.call, case.batched, case.rounding = call, batch_first, 2.0
     if part == "in_proj":
         case.weight, case.bias = "in_proj_weight", "in_proj_bias"
     else:

@@ -209,18 +209,3 @@ def test_refusals():
     )
     assert "several lists of layers (encoder.block, decoder.block)" in refused(t5(), [[0, 1]], "q")
     assert "no list" in refused(torch.nn.Sequential(torch.nn.Linear(3, 3)), [[0, 1]], "0")
-
-
-@pytest.mark.interop
-@pytest.mark.filterwarnings("ignore")
-def test_files_go_both_ways(tmp_path):
-    peft = pytest.importorskip("peft")
-    fields = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "up_proj"]}
-    for writer, reader in ((lowrank, peft), (peft, lowrank)):
-        config = writer.LoraConfig(layer_replication=[[0, 2], [1, 3]], **fields)
-        model = randomise(writer.get_peft_model(three(), config))
-        model.save_pretrained(tmp_path / writer.__name__)
-        loaded = reader.PeftModel.from_pretrained(three(), tmp_path / writer.__name__)
-        torch.testing.assert_close(logits(loaded), logits(model))
-    first, second = (lowrank.read_adapter(tmp_path / n).tensors for n in ("lowrank", "peft"))
-    assert first.keys() == second.keys()
