@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from lowrank.files import replacing, write_text
+from lowrank.files import folder_for, replacing, write_text
 
 
 def test_write_text_is_utf8_and_leaves_nothing_else(tmp_path):
@@ -62,3 +62,15 @@ def test_a_writer_that_renames_a_file_into_place_is_followed(tmp_path):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "nope" / "file", "x")
+
+
+def test_a_folder_made_for_what_failed_goes_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    for new in ("a/b", "there", "there/c"):
+        with pytest.raises(OSError, match="full"), folder_for(tmp_path / new):  # noqa: PT012
+            assert (tmp_path / new).is_dir()
+            raise OSError("full")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
+    with folder_for(tmp_path / "a" / "b"):
+        pass
+    assert (tmp_path / "a" / "b").is_dir()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowrank.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lowrank.errors import AdapterFileError
-from lowrank.files import replacing
+from lowrank.files import folder_for, replacing
 from lowrank.hub import adapter_file
 from lowrank.init import taken_out
 
@@ -105,9 +105,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Writes a safetensors file, reads it back and compares. Raises AdapterFileError if what was read differs."""
+    """Writes a safetensors file, reads it back and compares. Raises AdapterFileError if it cannot, or what was read differs."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(_unshared(tensors), path, metadata={"format": "pt", **header})
+    try:
+        save_file(_unshared(tensors), path, metadata={"format": "pt", **header})
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path.parent} could not be written into: {error}") from error
     _check_written(path, tensors)
 
 
@@ -141,12 +144,15 @@ def write_adapter(path: str | PathLike, adapter: Adapter) -> None:
     ones. Raises AdapterFileError if what was read differs.
     """
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     header = {}
     metadata = {**adapter.metadata, "start": START_NAME} if adapter.start else adapter.metadata
     if metadata:
         header[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
-    with replacing(folder / WEIGHTS_NAME) as weights, replacing(folder / CONFIG_NAME) as config:
+    with (
+        folder_for(folder),
+        replacing(folder / WEIGHTS_NAME) as weights,
+        replacing(folder / CONFIG_NAME) as config,
+    ):
         save_tensors(weights, adapter.tensors, header)
         config.write_text(adapter.config.to_json_string(), encoding="utf-8")
         if adapter.start:

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from folders import tensors_of
+from safetensors import SafetensorError
 
 from lowrank import LoraConfig, get_peft_model, read_adapter
 from lowrank.cli import main
@@ -132,3 +133,13 @@ def test_what_cannot_be_done_ends_with_2(folder, words, message, capsys):
 
 def test_any_base_combines_all_the_same(folder):
     assert call(folder, "combine", "a", "other", "out", "--weights", "1", "1", "--any-base") == 0
+
+
+def test_a_full_disk_leaves_nothing(folder, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("lowrank.adapter_file.save_file", full)
+    assert call(folder, "resize", "a", str(folder / "new" / "out"), "--rank", "1") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (folder / "new").exists()

@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     status = write_and_show(result.adapter, args)
-    show_rest(result, sys.stderr if args.json else sys.stdout, every=args.all)
+    show_rest(result, sys.stderr if args.json else sys.stdout, args.all, args.save_rest)
     return status
 
 
-def show_rest(result: Any, file: Any, every: bool) -> None:
+def show_rest(result: Any, file: Any, every: bool, saving: bool) -> None:
     """What differs and is in no layer of the adapter."""
     from lowrank.report.words import percent
 
@@ -80,5 +80,9 @@ def show_rest(result: Any, file: Any, every: bool) -> None:
         print(f"   {row.name}  {change}{'' if row.saved else '  (not captured)'}", file=file)
     if len(shown) < len(result.rest):
         print(f"   … and {len(result.rest) - len(shown)} more (--all shows them)", file=file)
-    if lost:
-        print("   --save-rest holds them whole", file=file)
+    if lost and saving:
+        print(
+            "   These are stored in another form than the model's: no adapter holds them", file=file
+        )
+    elif lost:
+        print("   --save-rest holds whole what the model has in this form", file=file)

@@ -17,7 +17,7 @@ from lowrank.adapter_file import METADATA_KEY, Adapter, load_tensors, save_tenso
 from lowrank.adapter_layers import PREFIX, AdapterLayer, read_layers
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, ConvertError
-from lowrank.files import replacing
+from lowrank.files import folder_for, replacing
 from lowrank.formats.layers import Options, as_adapter, unknown
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -103,8 +103,7 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
     metadata = {name: adapter.metadata for name, adapter in adapters.items() if adapter.metadata}
     header = {CONFIG_KEY: json.dumps(configs, indent=2, sort_keys=True)}
     header |= {METADATA_KEY: json.dumps(metadata, sort_keys=True)} if metadata else {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary:
+    with folder_for(file.parent), replacing(file) as temporary:
         save_tensors(temporary, tensors, header)
     return [file]
 

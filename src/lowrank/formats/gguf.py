@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank.adapter_file import Adapter
 from lowrank.adapter_layers import AdapterLayer, read_layers
 from lowrank.errors import AdapterFileError, ConvertError, MissingExtraError, listed
-from lowrank.files import replacing
+from lowrank.files import folder_for, replacing
 from lowrank.formats.base_model import ARCHITECTURES, Architecture, is_tied, read_config
 from lowrank.formats.layers import Options, as_adapter, folded, most_common, shown, unknown
 
@@ -112,8 +112,7 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
     large = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if large:
         raise ConvertError(f"{shown(large)} exceed float16's range: write f32.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with folder_for(path.parent), replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, row.gguf)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank.adapter_file import Adapter, load_tensors, save_tensors
 from lowrank.adapter_layers import AdapterLayer, read_layers
 from lowrank.errors import ConvertError, listed
-from lowrank.files import replacing
+from lowrank.files import folder_for, replacing
 from lowrank.formats.layers import Options, as_adapter, shown, unknown
 
 HOLDS = frozenset({"dora", "convolutions"})
@@ -152,8 +152,7 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
     if len(sizes) == 1:
         ((r, alpha),) = sizes
         header |= {"ss_network_dim": str(r), "ss_network_alpha": str(alpha)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with folder_for(path.parent), replacing(path) as temporary:
         save_tensors(temporary, tensors, header)
     return [path]
 

@@ -19,7 +19,7 @@ from lowrank.adapter_file import Adapter, load_tensors, save_tensors
 from lowrank.adapter_layers import AdapterLayer, read_layers
 from lowrank.config import CONFIG_NAME, LoraConfig
 from lowrank.errors import AdapterFileError, ConvertError, listed
-from lowrank.files import replacing
+from lowrank.files import folder_for, replacing
 from lowrank.formats.base_model import is_tied, read_config
 from lowrank.formats.layers import Options, as_adapter, folded, most_common, shown, unknown
 
@@ -104,8 +104,11 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
     }
     if config.base_model_name_or_path:
         said["model"] = config.base_model_name_or_path
-    path.mkdir(parents=True, exist_ok=True)
-    with replacing(path / WEIGHTS) as weights, replacing(path / CONFIG_NAME) as text:
+    with (
+        folder_for(path),
+        replacing(path / WEIGHTS) as weights,
+        replacing(path / CONFIG_NAME) as text,
+    ):
         save_tensors(weights, tensors, {})
         text.write_text(json.dumps(said, indent=4) + "\n", encoding="utf-8")
     return [path / WEIGHTS, path / CONFIG_NAME]

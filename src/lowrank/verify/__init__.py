@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from lowrank.adapter_file import save_tensors
 from lowrank.expected import Change, changes, transposed_weights
 from lowrank.merge import base_of
 from lowrank.model_folder import (
@@ -211,7 +212,7 @@ def _compare(
 
 def _write_job(folder: Path, merged: str | Path, inputs: Inputs, task: str) -> Path:
     auto_class, fields = TASKS[task]
-    save_file(probe.numbered(inputs.examples), folder / "inputs.safetensors")
+    save_tensors(folder / "inputs.safetensors", probe.numbered(inputs.examples), {})
     job = {
         "model": str(merged),
         "auto_class": auto_class,
