@@ -408,7 +408,7 @@ def test_other_methods_and_features_are_refused(saved):
     with pytest.raises(ConfigError, match="LoRA only"):
         PeftModel.from_pretrained(llama(layers=1), folder)
     change_config(folder, peft_type="LORA", megatron_config={"a": 1})
-    with pytest.raises(ConfigError, match="adapter_config.json: .*megatron_config"):
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: .*megatron_config"):
         PeftModel.from_pretrained(llama(layers=1), folder)
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from tiny import merged_by_hand
 
 from lowrank import LoraConfig, get_peft_model
-from lowrank.errors import AdapterMismatchError, BaseMismatchError, MergeError
+from lowrank.errors import AdapterMismatchError, BaseMismatchError, LowrankError, MergeError
 from lowrank.merge import merge_to_folder
 from lowrank.merge_inputs import input_covariances
-from lowrank.model_folder import TASKS, ModelFolderError, is_tied, load_model
+from lowrank.model_folder import TASKS, ModelFolderError, is_tied, load_base, load_model
 from lowrank.verify import verify
 
 MODELS = {
@@ -518,3 +518,27 @@ def test_covariances_of_something_else_are_refused(tmp_path):
         merge_to_folder(base, adapter, tmp_path / "out", covariances={"lm_head": torch.eye(24)})
     with pytest.raises(MergeError, match="no examples"):
         input_covariances(base, adapter, [])
+
+
+@pytest.mark.parametrize("broken", ["lacks", "cut", "tokenizer"])
+def test_a_broken_base_is_told_and_nothing_written(tmp_path, broken):
+    base = write_base(tiny.llama(), tmp_path / "base")
+    adapter = write_adapter_for(base, tmp_path / "a", "CAUSAL_LM", target_modules=["q_proj"])
+    file = base / "model.safetensors"
+    if broken == "lacks":
+        tensors = tensors_of(base)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        rewrite(base, tensors)
+        message = "lacks a tensor of its model, which would be random: model.layers.1.mlp.up_proj"
+    elif broken == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+        message = "cut off"
+    else:
+        (base / "tokenizer.json").write_text('{"a": 1}')
+        message = "has a tokenizer that transformers cannot read"
+    with pytest.raises(LowrankError, match=message):
+        merge_to_folder(base, adapter, tmp_path / "merged")
+    if broken != "tokenizer":
+        with pytest.raises(LowrankError, match=message):
+            load_base(base, "CAUSAL_LM", {})
+    assert not (tmp_path / "merged").exists()

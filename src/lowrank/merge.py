@@ -96,7 +96,7 @@ def merge_to_folder(
 
     target = _as_dtype(dtype)
     out = Path(out)
-    _check_out(out, [base, adapter], overwrite)
+    check_out(out, [base, adapter], overwrite)
     file = read_adapter(adapter)
     base = base_of(file.config, base)
     revision = getattr(file.config, "revision", None)
@@ -252,7 +252,8 @@ def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     )
 
 
-def _check_out(out: Path, sources: Iterable[str | Path | None], overwrite: bool) -> None:
+def check_out(out: Path, sources: Iterable[str | Path | None], overwrite: bool) -> None:
+    """Raises MergeError if `out` is read, or holds something that is not to be replaced."""
     for source in sources:
         if (
             source
@@ -334,8 +335,13 @@ def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> None:
     """The tokenizer's files, byte for byte; its class says what they are called."""
     from transformers import AutoTokenizer
 
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except Exception as error:  # tokenizers raises just this
+        raise MergeError(
+            f"{source} has a tokenizer that transformers cannot read: {error}"
+        ) from error
     for name in {*TOKENIZER_FILES, *tokenizer.vocab_files_names.values()}:
         _copy(source, name, revision, folder)
     templates = Path(source) / "additional_chat_templates"

@@ -109,6 +109,7 @@ def load_model(
         raise ModelFolderError(
             f"No model class is known for task_type={task!r}. Known: {', '.join(TASKS)}."
         )
+    stored_tensors(folder, revision)  # files that are cut off or missing are told here, by name
     auto = getattr(transformers, TASKS[task][0])
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -150,11 +151,24 @@ def load_base(
     loaded = load_model(base, task, dtype=dtype, revision=revision, **options)
     _resize_vocabulary(loaded.model, tensors)
     state = loaded.model.state_dict()
-    for name in loaded.missing:
+    for name in list(loaded.missing):
         saved = tensors.get(PREFIX + name)
         if saved is not None and name in state and saved.shape == state[name].shape:
             state[name].copy_(saved)
+            loaded.missing.remove(name)
+    # a pooler is random wherever such a base is loaded, and no task here has outputs of it
+    refuse_lacking(base, [name for name in loaded.missing if ".pooler." not in f".{name}"])
     return loaded
+
+
+def refuse_lacking(folder: str | Path, names: list[str]) -> None:
+    """Raises ModelFolderError if there are names of tensors that a folder should hold."""
+    if names:
+        what = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
+        raise ModelFolderError(
+            f"{folder} lacks {what} of its model, which would be random: {', '.join(names[:5])}"
+            + (", …" if len(names) > 5 else ".")
+        )
 
 
 def load_skeleton(

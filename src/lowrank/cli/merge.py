@@ -11,6 +11,7 @@ merged folder does not pass the verification.
 
 import argparse
 import sys
+from pathlib import Path
 
 from lowrank.cli.verify import (
     add_evidence,
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lowrank.cli.opening import OpeningError
-    from lowrank.merge import merge_to_folder
+    from lowrank.merge import check_out, merge_to_folder
     from lowrank.report import text
 
     if args.no_verify and (args.data or args.json):
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
             "--data and --json are for the verification, which --no-verify leaves out"
         )
     base = base_path(args)
+    check_out(Path(args.out), [base, args.adapter], args.overwrite)
     inputs = evidence(args, base)
     covariances = None
     if args.round_for:

@@ -91,15 +91,11 @@ def open_model(
 
 def open_base(path: str, *, dtype: str, device: str, revision: str | None = None) -> nn.Module:
     """A causal language model with all its weights, on its device."""
-    from lowrank.model_folder import load_model
+    from lowrank.model_folder import load_model, refuse_lacking
 
     where = pick_device(device)
     loaded = load_model(path, "CAUSAL_LM", dtype=pick_dtype(dtype, where), revision=revision)
-    if loaded.missing:
-        raise OpeningError(
-            f"{path} lacks {len(loaded.missing)} tensors of its model, {loaded.missing[0]} among them: "
-            "they would start at random."
-        )
+    refuse_lacking(path, loaded.missing)
     return loaded.model.to(where)
 
 
@@ -125,7 +121,7 @@ def open_tokenizer(path: str, revision: str | None = None) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises just this
         reason = str(error).split("\n", 1)[0]
         raise OpeningError(
             f"{path} has no tokenizer that transformers can read: {reason}"
