@@ -55,7 +55,7 @@ WRONG = {
     "data:\n  chat_template: sometimes": "should be true or false, found 'sometimes'",
     "data:\n  train: {a: 1}": "data.train should be a list or text or null, found {'a': 1}",
     "lora:\n  r: 0": "section lora: r=0 must be a whole number of at least 1.",
-    "lora:\n  use_qalora: true": "use_qalora=True: QALoRA is not supported.",
+    "lora:\n  use_qalora: true": "section lora: use_qalora=True: QALoRA",
     "lora:\n  inference_mode: true": "unknown key lora.inference_mode",
 }
 
