@@ -16,8 +16,8 @@ class Feature:
     build: Callable[[], nn.Module]
     fields: dict[str, Any] = field(default_factory=dict)
     x: Tensor = field(default_factory=lambda: IDS)
-    # whether PEFT's merged model gives what its adapter gives
-    peft_merges: bool = True
+    # whose merged model gives what the adapter gives; the others' gives an error, or something else
+    merges: tuple[str, ...] = ("lowrank", "peft")
 
 
 class Convolutions(nn.Module):
@@ -140,10 +140,10 @@ FEATURES: dict[str, Feature] = {
     "embedding, dora": Feature(gpt2, on("wpe", use_dora=True)),
     "word embedding": Feature(llama, on("embed_tokens", "q_proj")),
     "lm_head": Feature(llama, on("lm_head", "q_proj")),
-    # PEFT merges into both sides of a tied pair
-    "lm_head, tied": Feature(tied, on("lm_head"), peft_merges=False),
+    # PEFT merges into the one weight of both
+    "lm_head, tied": Feature(tied, on("lm_head"), merges=("lowrank",)),
     "both of a tied pair": Feature(
-        tied, on("embed_tokens", "lm_head", "v_proj"), peft_merges=False
+        tied, on("embed_tokens", "lm_head", "v_proj"), merges=("lowrank",)
     ),
     "convolutions": Feature(plain(Convolutions), on("conv", "line", "head"), PICTURES),
     "convolutions, dora": Feature(plain(Convolutions), on("conv", "head", use_dora=True), PICTURES),
@@ -172,9 +172,9 @@ FEATURES: dict[str, Feature] = {
         llama, on("q_proj", rank_pattern={"^model.layers.1.self_attn.q_proj": 6})
     ),
     "lora_bias": Feature(with_biases, on(*QV, lora_bias=True)),
-    # PEFT's merge has nowhere to put it
+    # which a merged model has no place for
     "lora_bias without a bias": Feature(
-        llama, on("q_proj", lora_bias=True), peft_merges=False
+        llama, on("q_proj", lora_bias=True), merges=()
     ),
     "lora_bias, rslora": Feature(
         bert, on("query", "intermediate.dense", lora_bias=True, use_rslora=True)
@@ -197,11 +197,11 @@ FEATURES: dict[str, Feature] = {
     "gaussian": Feature(llama, on(*QV, init_lora_weights="gaussian")),
     "orthogonal": Feature(llama, on(*QV, init_lora_weights="orthogonal", r=4)),
     "activated": Feature(
-        llama, on(*QV, alora_invocation_tokens=[9], task_type="CAUSAL_LM"), peft_merges=False
+        llama, on(*QV, alora_invocation_tokens=[9], task_type="CAUSAL_LM"), merges=()
     ),
     # PEFT merges into copies that share their weights
     "layers replicated": Feature(
-        llama, on(*QV, layer_replication=[[0, 2], [1, 2]]), peft_merges=False
+        llama, on(*QV, layer_replication=[[0, 2], [1, 2]]), merges=("lowrank",)
     ),
     # --- modules saved whole
     "modules_to_save": Feature(llama, on("q_proj", modules_to_save=["lm_head", "norm"])),
@@ -226,9 +226,8 @@ FEATURES: dict[str, Feature] = {
     "tokens, tied": tokens(tied, [9, 4, 71]),
     "tokens by name, tied": tokens(tied, {"embed_tokens": [9, 4, 71]}),
     "tokens of both, tied": tokens(tied, {"embed_tokens": [9, 4], "lm_head": [9, 4]}),
-    # PEFT merges both into the one weight
     "tokens of both apart, tied": tokens(
-        tied, {"embed_tokens": [9, 4], "lm_head": [71, 4, 3]}, peft_merges=False
+        tied, {"embed_tokens": [9, 4], "lm_head": [71, 4, 3]}, merges=("lowrank",)
     ),
     "tokens of both": tokens(llama, {"model.embed_tokens": [9, 4], "lm_head": [71, 4, 3]}),
     "tokens of the head": tokens(llama, {"lm_head": [71, 4, 3]}),

@@ -57,13 +57,19 @@ def test_the_same_file_gives_the_same_logits(name, pairs, tmp_path):
         torch.testing.assert_close(output(read, feature.x), expected, **CLOSE)
         if reader is lowrank:
             again = lowrank.get_peft_model_state_dict(read)
-        elif not feature.peft_merges:
-            continue
-        if "alora_invocation_tokens" not in feature.fields and "lora_bias" not in name:
-            merged = read.merge_and_unload()
-            assert not any("lora" in key or "base_layer" in key for key in merged.state_dict())
-            torch.testing.assert_close(output(merged, feature.x), expected, **CLOSE)
+        exact = merges_exactly(read, feature.x, expected)
+        assert exact == (reader.__name__ in feature.merges), reader.__name__
     check_files(tmp_path / "peft", tmp_path / "lowrank", again)
+
+
+def merges_exactly(model, x, expected):
+    """Whether the merged model has no trace of an adapter and gives `expected`; an error counts as no."""
+    try:
+        merged = model.merge_and_unload()
+    except (AttributeError, TypeError, RuntimeError, ValueError):
+        return False
+    assert not any("lora" in key or "base_layer" in key for key in merged.state_dict())
+    return torch.allclose(output(merged, x), expected, **CLOSE)
 
 
 def check_files(by_us, by_peft, again):
