@@ -54,8 +54,13 @@ def _with_magnitude(layer: Any, name: str, lora: Lora, y: Tensor, along: list[in
     c = (lora.magnitude / norm).view(along)
     bias = getattr(base, layer.kind.bias, None)
     bias = None if bias is None else bias.to(y.dtype).view(along)
-    # y + (c − 1)(y − b): where c is 1, y to the bit; c itself would be rounded to 1 near it in bfloat16
-    return torch.addcmul(y, y if bias is None else y - bias, (c - 1).to(y.dtype))
+    y = y if bias is None else y - bias
+    high = c.to(y.dtype)
+    scaled = y * high if bias is None else torch.addcmul(bias, y, high)
+    if high.dtype == c.dtype:
+        return scaled
+    # in bfloat16 a c near 1 would be 1: the rest of c comes after it
+    return torch.addcmul(scaled, y, (c - high).to(y.dtype).detach())
 
 
 def weights_with(layer: Any, names: list[str]) -> dict[str, Tensor]:
