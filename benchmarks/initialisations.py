@@ -11,7 +11,7 @@ Three questions, on all linear layers of the embedded model and its intents task
 3. What is left of W when the base is rounded to NF4? ‖W − what stands for it‖, and the base's own loss, for plain
    rounding, for LoftQ, and for PiSSA with its residual rounded.
 
-    python benchmarks/initialisations.py                   # about five minutes of one core
+    python benchmarks/initialisations.py                   # 14 minutes on two busy cores
     python benchmarks/initialisations.py --seeds 1 --steps 20 --lr 1e-3
 """
 
