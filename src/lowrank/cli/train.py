@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from lowrank.cli.settings import RunSettings, SettingsError, add_flags, resolve
+from lowrank.train.optimizers import transformers_name
 
 REQUIRED = ("model.path", "data.train")
 
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     settings = resolve(args.config, flags, REQUIRED)
     folder = output_folder(settings, args.config)
     checkpoint = resume_from(settings, folder)
+    transformers_name(settings.train.optimizer)  # what is missing is said before anything is read
 
     from lowrank import compat
     from lowrank.cli import record, training

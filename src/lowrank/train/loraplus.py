@@ -54,7 +54,7 @@ def create_loraplus_optimizer(
         lr=lr,
         **kwargs,
     )
-    if type(optimizer).__name__ in _EIGHT_BIT:
+    if type(optimizer).__name__ in _EIGHT_BIT or kwargs.get("optim_bits") == 8:
         from bitsandbytes.optim import GlobalOptimManager
 
         manager = GlobalOptimManager.get_instance()

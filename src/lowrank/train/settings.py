@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
+from lowrank.train.optimizers import OPTIMIZERS
+
 
 class Bound(NamedTuple):
     words: str
@@ -50,13 +52,18 @@ class TrainSettings:
     loraplus_lr_ratio: Annotated[
         float | None, "LoRA+: B is learnt at this times the rate of A; null: alike", POSITIVE
     ] = None
+    optimizer: Annotated[
+        str,
+        f"{', '.join(OPTIMIZERS)}; 8 bits and pages are bitsandbytes'",
+        Bound(f"one of {', '.join(OPTIMIZERS)}", OPTIMIZERS.__contains__),
+    ] = "adamw"
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant"], "the rate after warmup"
     ] = "cosine"
     warmup_ratio: Annotated[float, "share of the steps in which the rate rises", SHARE] = 0.03
     batch_size: Annotated[int, "rows in one batch", COUNT] = 8
     gradient_accumulation_steps: Annotated[int, "batches summed into one optimiser step", COUNT] = 1
-    weight_decay: Annotated[float, "of AdamW", NOT_NEGATIVE] = 0.0
+    weight_decay: Annotated[float, "of the optimiser", NOT_NEGATIVE] = 0.0
     max_grad_norm: Annotated[float, "gradients are clipped to this norm", POSITIVE] = 1.0
     group_by_length: Annotated[bool, "batch rows of like length: less padding"] = True
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, slower"] = False

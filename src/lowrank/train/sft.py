@@ -16,6 +16,7 @@ from torch import nn
 
 from lowrank.errors import LowrankError, NotTrainableError
 from lowrank.train.encode import Encoded, pad_id, pad_right
+from lowrank.train.optimizers import transformers_name
 from lowrank.train.settings import EvalSettings, TrainSettings
 
 
@@ -134,6 +135,7 @@ def training_arguments(
         output_dir=str(output_dir),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
+        optim=transformers_name(settings.optimizer),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
         warmup_steps=settings.warmup_ratio,  # below 1 it is a share of the steps
