@@ -8,13 +8,13 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from lowrank.adapter_file import Adapter
+from lowrank.bare_parameters import LORA_KEY, PREFIX, Bare, bare_parameters
+from lowrank.bases.kinds import EXPERTS
+from lowrank.lora import Lora
 from lowrank.matching import pattern_value
 from lowrank.start_factors import as_plain_lora
 
 Number = TypeVar("Number", int, float)
-
-PREFIX = "base_model.model."
-LORA_KEY = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?")
 
 
 class AdapterLayer(NamedTuple):
@@ -26,41 +26,61 @@ class AdapterLayer(NamedTuple):
     magnitude: Tensor | None = None  # (out,)  DoRA
     bias: Tensor | None = None  # (out,)  lora_bias
     embedding: bool = False
+    bare: Bare | None = (
+        None  # what of a module it adapts, by target_parameters; A and B then stack the experts'
+    )
 
     @property
     def r(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[0] // self.experts
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.r
 
+    @property
+    def experts(self) -> int:
+        return 1 if self.bare is None else self.bare.experts
+
+    @property
+    def lora(self) -> Lora:
+        """A and B as matrices, (experts, …) where there are several; without the magnitude."""
+        if self.experts == 1:
+            return Lora(self.A.flatten(1), self.B.flatten(1), self.scaling, bias=self.bias)
+        A, B = EXPERTS.A_matrix(self.A, self.experts), EXPERTS.B_matrix(self.B, self.experts)
+        return Lora(A, B, self.scaling)
+
 
 class Read(NamedTuple):
-    layers: dict[str, AdapterLayer]  # by the module's path in the base
+    layers: dict[str, AdapterLayer]  # by the path in the base: the module's, or the parameter's
     rest: dict[str, Tensor]  # by key: what is saved whole (modules_to_save, biases)
     problems: list[str]  # what does not go together, a sentence each
 
 
-def read_layers(adapter: Adapter) -> Read:
+def read_layers(adapter: Adapter, bare: Mapping[str, Bare] | None = None) -> Read:
     """The layers of an adapter, what else is in its file, and what is wrong with it.
 
-    Of an adapter whose start was taken out of W, the layers are those of `as_plain_lora`. Raises
-    AdapterFileError where that start is not known.
+    Of an adapter whose start was taken out of W, the layers are those of `as_plain_lora`. bare: the adapter's of
+    `bare_parameters`, where other adapters were asked too. Raises AdapterFileError where that start is not known.
     """
     adapter = as_plain_lora(adapter)
+    layers: dict[str, AdapterLayer] = {}
+    problems: list[str] = []
+    if bare is None:
+        (bare,), problems = bare_parameters([adapter])
     config = adapter.config
     parts: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, tensor in adapter.tensors.items():
         match = LORA_KEY.fullmatch(key)
         if match:
-            path = match[1].removeprefix(PREFIX).replace(".base_layer.", ".")
+            place = match[1].removeprefix(PREFIX)
+            path = bare[place].path if place in bare else place.replace(".base_layer.", ".")
             part = match[2] + (".bias" if match[3] == "bias" else "")
             parts.setdefault(path, {})[part] = tensor.detach()
         else:
             rest[key] = tensor
-    layers, problems = {}, []
+    of_path = {found.path: found for found in bare.values()}
     for path, tensors in parts.items():
         embedding = "lora_embedding_A" in tensors or "lora_embedding_B" in tensors
         word = "lora_embedding_" if embedding else "lora_"
@@ -68,9 +88,10 @@ def read_layers(adapter: Adapter) -> Read:
         if A is None or B is None:
             problems.append(f"{path} has only one of A and B.")
             continue
-        r = A.shape[0]
-        told = pattern_value(config.rank_pattern, path, config.r)
-        if B.ndim < 2 or A.ndim < 2 or B[0].numel() != r or told != r:
+        own = of_path.get(path)
+        r = A.shape[0] // (own.experts if own else 1)
+        told = own.r if own else pattern_value(config.rank_pattern, path, config.r)
+        if B.ndim < 2 or A.ndim < 2 or B[0].numel() != A.shape[0] or told != r:
             problems.append(
                 f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, its configuration rank {told}."
             )
@@ -78,7 +99,7 @@ def read_layers(adapter: Adapter) -> Read:
         if not (A.isfinite().all() and B.isfinite().all()):
             problems.append(f"{path} is not finite.")
             continue
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        alpha = own.alpha if own else pattern_value(config.alpha_pattern, path, config.lora_alpha)
         m = tensors.get("lora_magnitude_vector")
         layers[path] = AdapterLayer(
             A=A,
@@ -87,6 +108,7 @@ def read_layers(adapter: Adapter) -> Read:
             magnitude=None if m is None else m.flatten(),
             bias=tensors.get("lora_B.bias"),
             embedding=embedding,
+            bare=own,
         )
     return Read(layers, rest, problems)
 

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from lowrank import functional
-from lowrank.adapter_layers import LORA_KEY, PREFIX
+from lowrank.bare_parameters import LORA_KEY, PREFIX
 from lowrank.calibration.starts import calibrated_inits, forget_calibration, starts_from_data
 from lowrank.config import LoraConfig
 from lowrank.errors import (

@@ -9,27 +9,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowrank import __version__
 from lowrank.adapter_file import Adapter
-from lowrank.adapter_layers import LORA_KEY, PREFIX, pattern_of, read_layers
+from lowrank.adapter_layers import AdapterLayer, pattern_of, read_layers
+from lowrank.bare_parameters import LORA_KEY, PREFIX, Bare, bare_parameters
+from lowrank.bases.kinds import EXPERTS
+from lowrank.combinable import (
+    check_arguments,
+    check_configs,
+    check_layers,
+    common_base,
+    layers_of,
+    saved_tensors,
+)
 from lowrank.config import LoraConfig
-from lowrank.errors import BaseMismatchError, CombineError, ShapeError, did_you_mean, listed
-from lowrank.fingerprint import differences
-from lowrank.log import logger
-from lowrank.lora import Lora
-from lowrank.start_factors import start_problems
+from lowrank.errors import CombineError, ShapeError, listed
 from lowrank.task_arithmetic import METHODS, Combined, Options, Weighted
-
-SIGN_METHODS = ("total", "frequency")
-# what the result has of its own, or what does not bear on the tensors' meaning; all else must agree
-_FREE_FIELDS = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("modules_to_save", "bias", "lora_bias", "fan_in_fan_out", "task_type", "inference_mode"),
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "runtime_config"),
-}
 
 
 class LayerError(NamedTuple):
@@ -39,15 +36,6 @@ class LayerError(NamedTuple):
     r: int
     norm: float | None  # ‖M‖ (Frobenius), M the matrix that the method means, Σ wᵢ·ΔWᵢ for most
     error: float | None  # ‖ΔW − M‖ / ‖M‖; None where the method works on the factors alone
-
-
-class _Layer(NamedTuple):
-    """One adapter's tensors at one layer."""
-
-    lora: Lora  # A and B as matrices
-    A_shape: tuple[int, ...]  # as saved
-    B_shape: tuple[int, ...]
-    embedding: bool
 
 
 def combine(
@@ -84,28 +72,28 @@ def combine(
     """
     names = list(names or (f"adapter {i + 1}" for i in range(len(adapters))))
     given = {"svd_rank": svd_rank, "energy": energy, "density": density}
-    _check_arguments(adapters, weights, method, given, majority_sign_method)
+    check_arguments(adapters, weights, method, given, majority_sign_method)
+    bare, problems = bare_parameters(adapters)
+    ranks = [r for a, own in zip(adapters, bare, strict=True) for r in _ranks(a, own)]
     if svd_rank is None and energy is None and METHODS[method].takes_rank:
-        svd_rank = max((r for a in adapters for r in _ranks(a)), default=1)
-    if _nothing_to_do(adapters, weights, method, svd_rank, energy):
+        svd_rank = max(ranks, default=1)
+    if _nothing_to_do(weights, method, svd_rank, energy, ranks):
         return adapters[0]
-    _check_configs(adapters, names)
-    base = _common_base(adapters, names, check_base)
-    layers = [_layers(a, name) for a, name in zip(adapters, names, strict=True)]
+    check_configs(adapters, names)
+    base = common_base(adapters, names, check_base)
+    if problems:
+        raise CombineError(listed(problems))
+    layers = layers_of(adapters, names, bare)
     paths = list(dict.fromkeys(path for found in layers for path in found))
-    saved = _saved_tensors(adapters, names, paths)
-    _check_layers(layers, paths, names, method)
+    saved = saved_tensors(adapters, names, paths)
+    check_layers(layers, paths, names, method)
 
-    adapted = set(paths)
-    tensors: dict[str, Tensor] = {}
-    report: dict[str, dict[str, Any]] = {}
-    with_bias = any(a.config.lora_bias for a in adapters)
+    parts = {
+        path: [(f[path], w) for f, w in zip(layers, weights, strict=True) if path in f]
+        for path in paths
+    }
+    combined: dict[str, Combined] = {}
     for path in paths:
-        parts = [
-            (found[path], weight)
-            for found, weight in zip(layers, weights, strict=True)
-            if path in found
-        ]
         options = Options(
             random=_generators(seed, path),
             rank=svd_rank,
@@ -113,12 +101,19 @@ def combine(
             density=1.0 if density is None else density,
             majority_sign_method=majority_sign_method,
         )
-        combined = _combined(path, parts, method, options)
-        tensors |= _as_saved(_key_path(path, adapted), combined, parts, with_bias)
-        report[path] = {"r": len(combined.A), "norm": combined.norm, "error": combined.error}
+        combined[path] = _combined(path, parts[path], method, options)
+    combined = _of_even_rank(combined, parts)
 
-    ranks = {path: row["r"] for path, row in report.items()}
-    config = _config([a.config for a in adapters], layers, ranks)
+    with_bias = any(a.config.lora_bias for a in adapters)
+    keys = _keys(layers)
+    tensors: dict[str, Tensor] = {}
+    for path, found in combined.items():
+        tensors |= _as_saved(keys[path], found, parts[path], with_bias)
+    report = {
+        path: {"r": found.A.shape[-2], "norm": found.norm, "error": found.error}
+        for path, found in combined.items()
+    }
+    config = _config([a.config for a in adapters], parts, combined)
     how = {"method": method, "weights": [float(w) for w in weights], "adapters": names, **given}
     metadata: dict[str, Any] = {
         "versions": {"lowrank": __version__, "torch": torch.__version__},
@@ -152,8 +147,9 @@ def errors(adapter: Adapter) -> list[LayerError]:
     made = adapter.metadata.get("combined") or adapter.metadata.get("extracted") or {}
     layers = made.get("layers")
     if layers is None:
-        found = _layers(adapter, "the adapter")
-        return [LayerError(path, len(layer.lora.A), None, 0.0) for path, layer in found.items()]
+        return [
+            LayerError(path, row.r, None, 0.0) for path, row in read_layers(adapter).layers.items()
+        ]
     rows = [LayerError(path, row["r"], row["norm"], row["error"]) for path, row in layers.items()]
     return sorted(rows, key=lambda row: -(row.error or 0.0))
 
@@ -169,79 +165,28 @@ def total_error(rows: Iterable[LayerError]) -> float | None:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
-# --- what is asked --------------------------------------------------------------------------------
-
-
-def _check_arguments(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    method: str,
-    given: Mapping[str, Any],
-    sign: str,
-) -> None:
-    if method not in METHODS:
-        raise CombineError(
-            f"There is no method {method!r}.{did_you_mean(method, METHODS)} There are: {', '.join(METHODS)}."
-        )
-    row = METHODS[method]
-    problems = []
-    if not adapters:
-        problems.append("There is no adapter to combine.")
-    if len(adapters) != len(weights):
-        problems.append(
-            f"{len(adapters)} adapters need as many weights; {len(weights)} were given."
-        )
-    if not all(math.isfinite(weight) for weight in weights):
-        problems.append(f"The weights must be finite numbers, not {list(weights)}.")
-    taken_by = {
-        "svd_rank": [m for m, r in METHODS.items() if r.takes_rank],
-        "energy": ["svd"],
-        "density": [m for m, r in METHODS.items() if r.takes_density],
-    }
-    for name, value in given.items():
-        if value is not None and method not in taken_by[name]:
-            problems.append(
-                f"{name}={value!r} means nothing to the method {method!r}; it belongs to {', '.join(taken_by[name])}."
-            )
-    rank, energy, density = given["svd_rank"], given["energy"], given["density"]
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        problems.append(f"svd_rank={rank!r} must be a whole number of at least 1.")
-    if energy is not None and not 0 < energy <= 1:
-        problems.append(f"energy={energy!r} must be above 0 and at most 1.")
-    if rank is not None and energy is not None:
-        problems.append("svd_rank and energy both decide the rank: give one of them.")
-    if row.takes_density and density is None:
-        problems.append(f"The method {method!r} needs density, the share of entries that is kept.")
-    elif density is not None and not 0 < density <= 1:
-        problems.append(f"density={density!r} must be above 0 and at most 1.")
-    if sign not in SIGN_METHODS:
-        problems.append(f"majority_sign_method={sign!r} must be 'total' or 'frequency'.")
-    elif sign != "total" and not row.takes_sign:
-        problems.append(f"majority_sign_method={sign!r} means nothing to the method {method!r}.")
-    if problems:
-        raise CombineError(listed(problems))
+# --- what is asked ------------------------------------------------------------------------------
 
 
 def _nothing_to_do(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    method: str,
-    rank: int | None,
-    energy: float | None,
+    weights: Sequence[float], method: str, rank: int | None, energy: float | None, ranks: list[int]
 ) -> bool:
-    """Whether the result is the one adapter itself."""
-    if len(adapters) != 1 or weights[0] != 1:
+    """Whether the result is the one adapter itself, whose layers have these ranks."""
+    if len(weights) != 1 or weights[0] != 1:
         return False
     if method == "svd":
-        return energy is None and all(r <= (rank or 0) for r in _ranks(adapters[0]))
+        return energy is None and all(r <= (rank or 0) for r in ranks)
     return method in ("linear", "cat", "linear_factors")
 
 
-def _ranks(adapter: Adapter) -> Iterator[int]:
+def _ranks(adapter: Adapter, bare: Mapping[str, Bare]) -> Iterator[int]:
     """The rank of ΔW at each layer: 2r where the start was taken out of W."""
     for key, tensor in adapter.tensors.items():
-        if key.endswith((".lora_A.weight", ".lora_embedding_A")):
-            yield tensor.shape[0] * (2 if key in adapter.start else 1)
+        match = LORA_KEY.fullmatch(key)
+        if match and match[2].endswith("A"):
+            own = bare.get(match[1].removeprefix(PREFIX))
+            rows = tensor.shape[0] * (2 if key in adapter.start else 1)
+            yield rows // own.experts if own else rows
 
 
 def _generators(seed: int, path: str) -> Callable[[str, int], torch.Generator]:
@@ -254,139 +199,11 @@ def _generators(seed: int, path: str) -> Callable[[str, int], torch.Generator]:
     return generator
 
 
-# --- what is there --------------------------------------------------------------------------------
-
-
-def _check_configs(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
-    problems = []
-    configs = [adapter.config for adapter in adapters]
-    for adapter, config, name in zip(adapters, configs, names, strict=True):
-        if config.use_dora:
-            problems.append(
-                f"{name} is DoRA: its magnitudes belong to W + its own ΔW, and W′ is no sum of changes; only "
-                "one adapter with weight 1 and its own rank comes back as it is. Merge it into the base instead."
-            )
-        problems += start_problems(adapter, name)
-        if config.target_parameters:
-            problems.append(
-                f"{name} adapts bare parameters (target_parameters), whose factors are stacked."
-            )
-    for what in ("task_type", "bias"):
-        values = {getattr(c, what) for c in configs} - {None, "none"}
-        if len(values) > 1:
-            problems.append(f"{what} differs: {', '.join(sorted(map(str, values)))}.")
-    for f in dataclasses.fields(LoraConfig):
-        values_ = [getattr(config, f.name) for config in configs]
-        if f.name not in _FREE_FIELDS | {"use_dora", "target_parameters"} and any(
-            value != values_[0] for value in values_
-        ):
-            found = ", ".join(f"{n} {v!r}" for n, v in zip(names, values_, strict=True))
-            problems.append(f"{f.name} differs: {found}.")
-    if problems:
-        what = "These adapters cannot be combined"
-        if len(adapters) == 1:
-            what = "No other adapter can be made of this one"
-        raise CombineError(f"{what}. {listed(list(dict.fromkeys(problems)))}")
-
-
-def _common_base(
-    adapters: Sequence[Adapter], names: Sequence[str], check: bool
-) -> dict[str, Any] | None:
-    """The fingerprint of the base under all of them, or None if none has one."""
-    marked = [(a.metadata.get("base"), n) for a, n in zip(adapters, names, strict=True)]
-    known = [(base, name) for base, name in marked if base and base.get("weights")]
-    unknown = [name for base, name in marked if not base]
-    if check and unknown and len(adapters) > 1:
-        logger.warning(
-            "%s: no fingerprint of the base, so that it could not be checked that all belong to one.",
-            ", ".join(unknown),
-        )
-    common: dict[str, Any] | None = None
-    for base, name in known:
-        found = differences(common, base) if common and check else []
-        if found:
-            rest = f"\n  … and {len(found) - 5} more" if len(found) > 5 else ""
-            raise BaseMismatchError(
-                f"{name} was trained on another base than {known[0][1]}:\n  "
-                + "\n  ".join(found[:5])
-                + rest
-                + "\nAdapters of different bases do not add up; check_base=False (--any-base) combines them all the same."
-            )
-        weights = {**base["weights"], **(common["weights"] if common else {})}
-        common = {**(common or base), "weights": weights}
-    return common
-
-
-def _layers(adapter: Adapter, name: str) -> dict[str, _Layer]:
-    """By the path of each adapted module in the base: its factors as matrices, and its own scaling."""
-    layers, _, problems = read_layers(adapter)
-    if problems:
-        raise CombineError(listed([f"{name}: {problem}" for problem in problems]))
-    found = {}
-    for path, (A, B, _, _, bias, embedding) in layers.items():
-        lora = Lora(A.flatten(1), B.flatten(1), layers[path].scaling, bias=bias)
-        found[path] = _Layer(lora, tuple(A.shape), tuple(B.shape), embedding)
-    return found
-
-
-def _check_layers(
-    layers: list[dict[str, _Layer]], paths: list[str], names: Sequence[str], method: str
-) -> None:
-    problems = []
-    for path in paths:
-        here = [
-            (found[path], name) for found, name in zip(layers, names, strict=True) if path in found
-        ]
-        (first, first_name), *others = here
-        for layer, name in others:
-            shapes = [(x.A_shape[1:], (x.B_shape[0], *x.B_shape[2:])) for x in (first, layer)]
-            if shapes[0] != shapes[1] or first.embedding != layer.embedding:
-                problems.append(
-                    f"{path}: A {first.A_shape} and B {first.B_shape} in {first_name}, "
-                    f"{layer.A_shape} and {layer.B_shape} in {name}."
-                )
-        biased = [name for layer, name in here if layer.lora.bias is not None]
-        if biased and not METHODS[method].is_sum:
-            problems.append(
-                f"{path}: {biased[0]} has a bias (lora_bias), which {method!r} does not mean anything for."
-            )
-    if problems:
-        shown = problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise CombineError("These adapters cannot be combined. " + listed(shown))
-
-
-def _saved_tensors(
-    adapters: Sequence[Adapter], names: Sequence[str], paths: list[str]
-) -> dict[str, Tensor]:
-    """What the adapters hold whole (modules_to_save, trained biases): taken over where there is one of it."""
-    found: dict[str, tuple[Tensor, str]] = {}
-    problems = []
-    adapted = {f"{PREFIX}{path}.weight" for path in paths}
-    for adapter, name in zip(adapters, names, strict=True):
-        for key, tensor in adapter.tensors.items():
-            if LORA_KEY.fullmatch(key) or ".original_module." in key or ".modules_to_save." in key:
-                continue
-            if key in adapted:
-                problems.append(f"{key}: saved whole in {name}, adapted in another.")
-            elif key in found and not torch.equal(found[key][0], tensor):
-                problems.append(
-                    f"{key}: saved whole in {found[key][1]} and in {name}, and not the same."
-                )
-            else:
-                found.setdefault(key, (tensor, name))
-    if problems:
-        raise CombineError(
-            "Modules that are saved whole (modules_to_save, bias) are no changes that add up. "
-            + listed(problems[:8])
-        )
-    return {key: tensor for key, (tensor, _) in found.items()}
-
-
-# --- what comes out -------------------------------------------------------------------------------
+# --- what comes out -----------------------------------------------------------------------------
 
 
 def _combined(
-    path: str, parts: list[tuple[_Layer, float]], method: str, options: Options
+    path: str, parts: list[tuple[AdapterLayer, float]], method: str, options: Options
 ) -> Combined:
     weighted = [Weighted(layer.lora, weight) for layer, weight in parts]
     try:
@@ -400,24 +217,63 @@ def _combined(
     return combined
 
 
+def _of_even_rank(
+    combined: dict[str, Combined], parts: Mapping[str, list[tuple[AdapterLayer, float]]]
+) -> dict[str, Combined]:
+    """Those parameters that a file does not tell apart all at one rank, padded with zeros: a rank_pattern names them."""
+    groups: dict[tuple[str, ...], int] = {}
+    among = {path: bare.among if (bare := parts[path][0][0].bare) else () for path in combined}
+    for path, found in combined.items():
+        group = tuple(sorted(among[path]))
+        groups[group] = max(groups.get(group, 0), found.A.shape[-2])
+    even = {}
+    for path, found in combined.items():
+        more = groups[tuple(sorted(among[path]))] - found.A.shape[-2] if len(among[path]) > 1 else 0
+        even[path] = found._replace(A=pad(found.A, (0, 0, 0, more)), B=pad(found.B, (0, more)))
+    return even
+
+
 def _as_saved(
-    path: str, combined: Combined, parts: list[tuple[_Layer, float]], with_bias: bool
+    path: str, combined: Combined, parts: list[tuple[AdapterLayer, float]], with_bias: bool
 ) -> dict[str, Tensor]:
     """The tensors of one layer under PEFT's keys and in PEFT's shapes."""
     layer = parts[0][0]
-    r = combined.A.shape[0]
-    A = combined.A.reshape(r, *layer.A_shape[1:]).contiguous()
-    B = combined.B.reshape(layer.B_shape[0], r, *layer.B_shape[2:]).contiguous()
+    A, B = combined.A, combined.B
+    if layer.experts > 1:
+        A, B = EXPERTS.A_saved(A).flatten(0, 1), EXPERTS.B_saved(B).flatten(1)
+    A = A.reshape(-1, *layer.A.shape[1:]).contiguous()
+    B = B.reshape(layer.B.shape[0], -1, *layer.B.shape[2:]).contiguous()
     if layer.embedding:
         return {f"{PREFIX}{path}.lora_embedding_A": A, f"{PREFIX}{path}.lora_embedding_B": B}
     tensors = {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
     if with_bias:
         bias = B.new_zeros(B.shape[0])
         for part, weight in parts:
-            if part.lora.bias is not None:
-                bias = bias + part.lora.bias.detach().to(bias) * (part.lora.scaling * weight)
+            if part.bias is not None:
+                bias = bias + part.bias.to(bias) * (part.scaling * weight)
         tensors[f"{PREFIX}{path}.lora_B.bias"] = bias
     return tensors
+
+
+def _keys(layers: Sequence[Mapping[str, AdapterLayer]]) -> dict[str, str]:
+    """By path, what the keys of the result's file begin with."""
+    adapted = {
+        row.bare.module if row.bare else path for found in layers for path, row in found.items()
+    }
+    keys = {path: _key_path(path, adapted) for found in layers for path in found}
+    nested: dict[
+        str, dict[str, str]
+    ] = {}  # by module, of the adapter that has most of its parameters
+    for found in layers:
+        own: dict[str, dict[str, str]] = {}
+        for path, row in found.items():
+            if row.bare:
+                own.setdefault(row.bare.module, {})[path] = row.bare.key
+        for module, places in own.items():
+            nested[module] = max(nested.get(module, {}), places, key=len)
+    for places in nested.values():
+        keys |= places
+    return keys
 
 
 def _key_path(path: str, adapted: set[str]) -> str:
@@ -432,10 +288,19 @@ def _key_path(path: str, adapted: set[str]) -> str:
 
 
 def _config(
-    configs: list[LoraConfig], layers: list[dict[str, _Layer]], ranks: dict[str, int]
+    configs: list[LoraConfig],
+    parts: Mapping[str, list[tuple[AdapterLayer, float]]],
+    combined: Mapping[str, Combined],
 ) -> LoraConfig:
     """The configuration that describes the result: scaling 1 at each layer, whatever its rank."""
     first = configs[0]
+    ranks: dict[str, int] = {}
+    modules = []
+    for path, found in combined.items():
+        bare = parts[path][0][0].bare
+        ranks |= dict.fromkeys(bare.among if bare else [path], found.A.shape[-2])
+        modules += [] if bare else [path]
+    parameters = dict.fromkeys(name for c in configs for name in c.target_parameters or [])
     r = Counter(ranks.values()).most_common(1)[0][0] if ranks else first.r
     pattern = pattern_of(ranks, r)
     saved = dict.fromkeys(name for c in configs for name in c.modules_to_save or [])
@@ -446,7 +311,8 @@ def _config(
         use_rslora=False,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        **_targets(configs, list(ranks)),
+        **_targets(configs, modules),
+        target_parameters=list(parameters) or None,
         modules_to_save=list(saved) or None,
         init_lora_weights=True,
         base_model_name_or_path=_first(c.base_model_name_or_path for c in configs),

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lowrank import __version__
 from lowrank.adapter_file import Adapter
-from lowrank.adapter_layers import PREFIX, pattern_of
+from lowrank.adapter_layers import pattern_of
+from lowrank.bare_parameters import PREFIX
 from lowrank.bases import stores
 from lowrank.bases.kinds import Kind, kind_of
 from lowrank.config import LoraConfig

@@ -18,6 +18,7 @@ from lowrank.errors import (
     RowsError,
     did_you_mean,
 )
+from lowrank.fingerprint import fingerprint
 from lowrank.init import Init
 from lowrank.inject import check_name, eject
 from lowrank.log import logger
@@ -157,7 +158,7 @@ class LoraModel(nn.Module):
         return Adapter(
             self.peft_config[name],
             {f"base_model.{key}": tensor for key, tensor in tensors.items()},
-            {},
+            {"base": fingerprint(self, name)},
             {f"base_model.{key}": tensor for key, tensor in start.items()},
         )
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowrank.errors import ShapeError
-from lowrank.lora import Lora, delta_weight
+from lowrank.lora import Lora, delta_weight, of_expert
 
 _EXACT_SVD = 512  # up to this side a dense SVD takes a second or less
 _OVERSAMPLING = 8
@@ -40,8 +41,8 @@ class Options(NamedTuple):
 class Combined(NamedTuple):
     """The factors of a combination, ΔW = B·A, and how near they are to what the method means."""
 
-    A: Tensor  # (r, in), float32 or float64
-    B: Tensor  # (out, r)
+    A: Tensor  # (*expert, r, in), float32 or float64
+    B: Tensor  # (*expert, out, r)
     norm: float | None  # ‖M‖ (Frobenius) of the matrix M that the method means
     error: float | None  # ‖B·A − M‖ / ‖M‖; None where the method works on the factors alone
 
@@ -60,28 +61,60 @@ def best_approximation(parts: Sequence[Weighted], options: Options) -> Combined:
 
     By Eckart and Young (1936) the truncated SVD. With B·A the sum, B = Q₁R₁ and Aᵀ = Q₂R₂, the SVD of the
     small core R₁R₂ᵀ (Σ rᵢ, Σ rᵢ) is the SVD of the sum up to the orthogonal Q₁ and Q₂. In float64.
-    Energy is the share of ‖M‖². The singular values are divided evenly between B and A.
+    Energy is the share of ‖M‖². The singular values are divided evenly between B and A. Of several experts, each
+    by itself, at the rank of the one that needs most.
     """
     B, A = _stacked(parts, torch.float64)
     dtype = _dtype(parts)
     left, R1 = torch.linalg.qr(B)
     right, R2 = torch.linalg.qr(A.mT)
     U, S, Vh = torch.linalg.svd(R1 @ R2.mT, full_matrices=False)
-    k = _kept(S, options)
-    root = S[:k].sqrt()
+    k = max(_kept(each, options) for each in S.reshape(-1, S.shape[-1]))
+    root = S[..., :k].sqrt()
     norm = S.norm().item()
     return Combined(
-        A=((root[:, None] * Vh[:k]) @ right.mT).to(dtype),
-        B=(left @ (U[:, :k] * root)).to(dtype),
+        A=((root[..., None] * Vh[..., :k, :]) @ right.mT).to(dtype),
+        B=(left @ (U[..., :k] * root[..., None, :])).to(dtype),
         norm=norm,
-        error=S[k:].norm().item() / norm if norm else 0.0,
+        error=S[..., k:].norm().item() / norm if norm else 0.0,
     )
 
 
 Merge = Callable[[list[Tensor], list[float], Options, str], Tensor]
+Combine = Callable[[Sequence[Weighted], Options], Combined]
 
 
-def on_weights(merge: Merge) -> Callable[[Sequence[Weighted], Options], Combined]:
+def each_expert(method: Combine) -> Combine:
+    """`method` on every expert's matrices by themselves, where the weight holds several."""
+
+    def on_all(parts: Sequence[Weighted], options: Options) -> Combined:
+        A = parts[0].lora.A
+        if A.ndim == 2:
+            return method(parts, options)
+
+        def of(e: int) -> Combined:
+            random = options._replace(random=lambda what, i: options.random(f"{what}.{e}", i))
+            return method([Weighted(of_expert(lora, e), weight) for lora, weight in parts], random)
+
+        found = [of(e) for e in range(len(A))]
+        return stacked_experts(found)
+
+    return on_all
+
+
+def stacked_experts(each: Sequence[Combined]) -> Combined:
+    """The combinations of several experts as one, at the highest of their ranks; the errors add up as squares."""
+    r = max(len(found.A) for found in each)
+    A = torch.stack([pad(found.A, (0, 0, 0, r - len(found.A))) for found in each])
+    B = torch.stack([pad(found.B, (0, r - len(found.A))) for found in each])
+    if any(found.norm is None or found.error is None for found in each):
+        return Combined(A, B, None, None)
+    norm = math.hypot(*(found.norm or 0.0 for found in each))
+    lost = math.hypot(*((found.error or 0.0) * (found.norm or 0.0) for found in each))
+    return Combined(A, B, norm, lost / norm if norm else 0.0)
+
+
+def on_weights(merge: Merge) -> Combine:
     """The method that applies `merge` to the ΔWᵢ themselves and takes the best approximation of the result.
 
     A negative weight negates ΔWᵢ before the merge, so that it counts as the adapter −ΔWᵢ with |wᵢ|.
@@ -97,12 +130,10 @@ def on_weights(merge: Merge) -> Callable[[Sequence[Weighted], Options], Combined
         norm = M.norm().item()
         return Combined(A, B, norm, (M - B @ A).norm().item() / norm if norm else 0.0)
 
-    return method
+    return each_expert(method)
 
 
-def on_factors(
-    merge: Merge, of_sum: bool = False
-) -> Callable[[Sequence[Weighted], Options], Combined]:
+def on_factors(merge: Merge, of_sum: bool = False) -> Combine:
     """The method that applies `merge` to the Aᵢ and to the Bᵢ, each by itself, as PEFT does.
 
     Aᵢ gets the weight sign·√|wᵢ·scalingᵢ| and Bᵢ √|wᵢ·scalingᵢ|. (ΣBᵢ)(ΣAᵢ) has products of one adapter's
@@ -127,7 +158,7 @@ def on_factors(
         off = _product_norm(torch.cat([B, -B_sum], dim=1), torch.cat([A, A_sum], dim=0))
         return Combined(A, B, norm, off / norm if norm else 0.0)
 
-    return method
+    return each_expert(method)
 
 
 # --- merging tensors element by element: (tensors, weights, options, what) -> tensor ---------------
@@ -211,10 +242,10 @@ def _elected_mean(tensors: list[Tensor], weights: list[float], how: str) -> Tens
 def _stacked(
     parts: Sequence[Weighted], at_least: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """(B, A), (out, Σr) and (Σr, in), with B·A = Σ wᵢ·ΔWᵢ, in the widest of the factors' dtypes."""
+    """(B, A), (*expert, out, Σr) and (*expert, Σr, in), with B·A = Σ wᵢ·ΔWᵢ, in the widest of the factors' dtypes."""
     dtype = torch.promote_types(_dtype(parts), at_least)
-    B = torch.cat([lora.B.to(dtype) * (lora.scaling * weight) for lora, weight in parts], dim=1)
-    return B, torch.cat([lora.A.to(dtype) for lora, _ in parts], dim=0)
+    B = torch.cat([lora.B.to(dtype) * (lora.scaling * weight) for lora, weight in parts], dim=-1)
+    return B, torch.cat([lora.A.to(dtype) for lora, _ in parts], dim=-2)
 
 
 def _dtype(parts: Sequence[Weighted]) -> torch.dtype:
@@ -305,7 +336,7 @@ def _leading(
 class Method(NamedTuple):
     """One row: how a layer is combined, and what belongs to it."""
 
-    combine: Callable[[Sequence[Weighted], Options], Combined]
+    combine: Combine
     is_sum: bool  # its result means Σ wᵢ·ΔWᵢ, to which biases can be added likewise
     takes_rank: bool = False
     takes_density: bool = False

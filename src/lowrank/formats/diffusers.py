@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from lowrank.adapter_file import METADATA_KEY, Adapter, load_tensors, save_tensors
-from lowrank.adapter_layers import PREFIX, AdapterLayer, read_layers
+from lowrank.adapter_layers import AdapterLayer, read_layers
+from lowrank.bare_parameters import PREFIX
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, ConvertError
 from lowrank.files import folder_for, replacing

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lowrank import __version__
 from lowrank.adapter_file import Adapter
-from lowrank.adapter_layers import LORA_KEY, PREFIX, AdapterLayer, pattern_of, read_layers
+from lowrank.adapter_layers import AdapterLayer, pattern_of, read_layers
+from lowrank.bare_parameters import LORA_KEY, PREFIX
 from lowrank.config import LoraConfig
 from lowrank.errors import ConvertError, listed
 
