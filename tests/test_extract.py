@@ -220,3 +220,79 @@ def test_a_classifier(tmp_path):
     M, found = tensors_of(tmp_path / "tuned"), tensors_of(tmp_path / "merged")
     for name in M:
         torch.testing.assert_close(found[name], M[name], atol=1e-5, rtol=0)
+
+
+# --- fused experts --------------------------------------------------------------------------------
+
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def changed_experts(model, path, seed):
+    """A change of rank 5 for each expert of the parameter, in float32, in the parameter's own form."""
+    W = model.get_parameter(path)
+    random = torch.Generator().manual_seed(seed)
+    left = torch.randn(len(W), W.shape[1], 5, generator=random)
+    return left @ torch.randn(len(W), 5, W.shape[2], generator=random) / 10
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("how", [{"rank": 2}, {"energy": 0.8}])
+def test_each_fused_expert_is_approximated_by_itself(tmp_path, name, how):
+    """Mixtral's files have a tensor for each expert and matrix; GPT-OSS's all in one, transposed."""
+    base = getattr(tiny, name)(torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    tuned = getattr(tiny, name)(torch.float32)
+    paths = [n for n, _ in base.named_parameters() if n.endswith(tuple(BOTH))]
+    del paths[0]  # gate_up_proj of the first layer stays: its module adapts one parameter only
+    deltas = {}
+    with torch.no_grad():
+        for i, path in enumerate(paths):
+            tuned.get_parameter(path).add_(changed_experts(base, path, i))
+            delta = tuned.get_parameter(path).double() - base.get_parameter(path).double()
+            deltas[path] = delta.mT if name == "gpt_oss" else delta
+        tuned.model.layers[1].self_attn.q_proj.weight += 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    result = extract(
+        tmp_path / "base",
+        tmp_path / "tuned",
+        target_modules=["q_proj"],
+        target_parameters=BOTH,
+        **how,
+    )
+    rows = {row.path: row for row in errors(result.adapter)}
+    assert rows.keys() == {*paths, "model.layers.1.self_attn.q_proj"}
+    assert result.rest == []
+    write_adapter(tmp_path / "adapter", result.adapter)
+    base = load_model(tmp_path / "base", "CAUSAL_LM").model
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))  # compares the fingerprint
+    for path, delta in deltas.items():
+        module, _, parameter = path.rpartition(".")
+        chain = model.get_base_model().get_submodule(module).chain()
+        layer = next(layer for layer in chain if layer.kind.weight == parameter)
+        found = layer.get_delta_weight("default").double()
+        found = found.mT if name == "gpt_oss" else found
+        parts = [torch.linalg.svd(each, full_matrices=False) for each in delta]
+        shares = [S.square().cumsum(0) / S.square().sum() for _, S, _ in parts]
+        k = how.get("rank") or max(int((share < 0.8).sum()) + 1 for share in shares)
+        assert rows[path].r == k
+        lost = 0.0
+        for e, (U, S, Vh) in enumerate(parts):
+            own = k if "rank" in how else int((shares[e] < 0.8).sum()) + 1
+            best = U[:, :own] * S[:own] @ Vh[:own]
+            torch.testing.assert_close(found[e], best, atol=1e-5, rtol=0)
+            lost += S[own:].square().sum().item()
+        assert rows[path].error == pytest.approx((lost**0.5) / delta.norm().item(), rel=1e-3)
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_experts_that_are_not_named_are_listed(tmp_path):
+    base = tiny.mixtral(torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        base.model.layers[0].mlp.experts.down_proj[1] += 0.1
+        base.model.layers[0].self_attn.q_proj.weight += 0.1
+    base.save_pretrained(tmp_path / "tuned")
+    result = extract(tmp_path / "base", tmp_path / "tuned", rank=2)
+    assert [row.name.rpartition("experts.")[2] for row in result.rest] == ["1.w2.weight"]
+    with pytest.raises(TargetError, match="target_parameters"):
+        extract(tmp_path / "base", tmp_path / "tuned", rank=2, target_parameters=["experts.down"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +17,16 @@ from lowrank.adapter_file import Adapter
 from lowrank.adapter_layers import pattern_of
 from lowrank.bare_parameters import PREFIX
 from lowrank.bases import stores
-from lowrank.bases.kinds import Kind, kind_of
+from lowrank.bases.kinds import EMBEDDING, EXPERTS
 from lowrank.config import LoraConfig
 from lowrank.errors import ExtractError, listed
+from lowrank.expert_files import experts_of, fused_from
 from lowrank.fingerprint import of_samples, sample_places
+from lowrank.matching import is_or_ends
 from lowrank.merge_plan import names_in_model
 from lowrank.model_folder import Stored, embedding_names, load_skeleton, stored_tensors, task_of
-from lowrank.targets import plan
-from lowrank.task_arithmetic import low_rank
+from lowrank.targets import Target, plan
+from lowrank.task_arithmetic import Combined, low_rank, stacked_experts
 from lowrank.task_types import TASK_HEADS
 from lowrank.tensor_files import Entry
 
@@ -48,16 +50,11 @@ class Extracted:
     identical: int  # how many tensors are the same in both
 
 
-class _Layer(NamedTuple):
-    path: str
-    kind: Kind
-    shape: tuple[int, ...]  # of the weight as it is held
-
-
 class _Pair(NamedTuple):
-    name: str  # in the model
+    name: str  # in the model; in the files if `part_of` is known
     base: Entry
     tuned: Entry
+    part_of: str = ""  # the model's tensor that is made of this one and others
 
 
 def extract(
@@ -67,6 +64,7 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
     target_modules: str | Sequence[str] = "all-linear",
+    target_parameters: Sequence[str] = (),
     save_rest: bool = False,
     seed: int = 0,
 ) -> Extracted:
@@ -74,7 +72,8 @@ def extract(
 
     base, tuned: model folders or names on the Hub, with safetensors; no model is built, one pair of tensors is
     read at a time, and subtracted in float32. rank: of every layer. energy: of each layer as many singular
-    values as hold this share of ‖ΔW‖². target_modules: as LoraConfig's. A layer that is the same in both gets none.
+    values as hold this share of ‖ΔW‖². target_modules, target_parameters: as LoraConfig's; of fused experts each is
+    approximated by itself, and the rank is that of the one that needs most. A layer that is the same in both gets none.
     save_rest: hold whole what differs and is no matrix of these layers (norms, biases, embeddings; also ones of
     another size), as modules_to_save; else it is only in the result's `rest`. A classifier is held in any case.
     seed: of the randomised SVD. Raises ExtractError, with everything that does not go together.
@@ -85,39 +84,52 @@ def extract(
     stored, other = (_stored(folder) for folder in (base, tuned))
     pairs, verbatim = _pairs(model, stored, other, str(base), str(tuned))
     wanted = target_modules if isinstance(target_modules, str) else list(target_modules)
-    targets = plan(model, LoraConfig(r=1, target_modules=wanted, task_type=task))
-    layers = {f"{t.path}.{t.kind.weight}": t.path for t in targets if t.parameter is None}
+    targets = plan(
+        model,
+        LoraConfig(
+            r=1,
+            target_modules=wanted,
+            target_parameters=list(target_parameters) or None,
+            task_type=task,
+        ),
+    )
 
-    tensors: dict[str, Tensor] = {}
-    report: dict[str, dict[str, Any]] = {}
-    samples: dict[str, tuple[tuple[int, int], Tensor]] = {}
+    found: dict[str, Combined] = {}
+    samples: dict[str, tuple[tuple[int, ...], Tensor]] = {}
     differ: list[tuple[_Pair, float | None]] = []
     identical = 0
-    for pair in [*pairs, *verbatim]:
+    left = {pair.name: pair for pair in [*pairs, *verbatim]}
+    for target in targets:
+        name = f"{target.module_path}.{target.kind.weight}"
+        parts = [pair for pair in left.values() if name in (pair.name, pair.part_of)]
+        if not parts or any(pair.base.shape != pair.tuned.shape for pair in parts):
+            continue
+        if target.parameter is None and parts[0].part_of:
+            continue  # stored in another form than the model's
+        for pair in parts:
+            del left[pair.name]
+        if all(_same(pair.base.read(), pair.tuned.read()) for pair in parts):
+            identical += len(parts)
+            continue
+        found[target.path], samples[target.path] = _approximated(
+            model, target, parts, seed, rank, energy
+        )
+    for pair in left.values():
         W, M = pair.base.read(), pair.tuned.read()
         if _same(W, M):
             identical += 1
-            continue
-        path = layers.get(pair.name)
-        if path is None or W.shape != M.shape or pair in verbatim:
-            change = _share(W, M) if W.shape == M.shape else None
-            differ.append((pair, change))
-            continue
-        layer = _layer(model, path)
-        transposed = layer.kind.hold is stores.transposed
-        delta = M.float() - W.float()
-        delta = delta.T if transposed else delta.flatten(1)
-        if not delta.isfinite().all():
-            raise ExtractError(f"{pair.name} is not finite in one of the two.")
-        found = low_rank(delta, _generator(seed, path), rank=rank, energy=energy)
-        tensors |= _as_saved(layer, found.A, found.B, tuple(W.shape), tuple(delta.shape))
-        report[path] = {"r": len(found.A), "norm": found.norm, "error": found.error}
-        rows, columns = sample_places(*delta.shape)
-        held = W.T if transposed else W.flatten(1)
-        samples[path] = ((delta.shape[0], delta.shape[1]), held[rows, columns])
+        else:
+            differ.append((pair, _share(W, M) if W.shape == M.shape else None))
+    adapted = [target for target in targets if target.path in found]
+    tensors = _as_saved(model, adapted, found)
+    report = {
+        path: {"r": layer.A.shape[-2], "norm": layer.norm, "error": layer.error}
+        for path, layer in found.items()
+    }
     saved, fields = _rest(
         [pair for pair, _ in differ] if save_rest else [],
-        set(report),
+        {target.path for target in adapted if target.parameter is None},
+        {target.module_path for target in adapted if target.parameter is not None},
         {pair.name: pair for pair in pairs},
         TASK_HEADS.get(task, ()),
     )
@@ -141,8 +153,8 @@ def extract(
         },
         "extracted": {**{k: v for k, v in how.items() if v is not None}, "layers": report},
     }
-    ranks = {path: row["r"] for path, row in report.items()}
-    config = _config(ranks, model, base, task, fields)
+    ranks = {path: layer.A.shape[-2] for path, layer in found.items()}
+    config = _config(ranks, adapted, model, base, task, fields)
     return Extracted(Adapter(config, tensors | saved, metadata), rest, identical)
 
 
@@ -180,11 +192,11 @@ def _pairs(
     """
     by_name = []
     for stored in (base, tuned):
-        names, converted = names_in_model(model, stored.tensors)
+        names, part_of = names_in_model(model, stored.tensors)
         by_name.append(
             (
                 {name: stored.tensors[key] for key, name in names.items()},
-                {key: stored.tensors[key] for key in converted},
+                {key: stored.tensors[key] for key in part_of},
             )
         )
     (here, here_raw), (there, there_raw) = by_name
@@ -209,45 +221,99 @@ def _pairs(
             "These are no two checkpoints of one model. " + listed(sorted(problems)[:20] + more)
         )
     pairs = [_Pair(name, entry, there[name]) for name, entry in here.items()]
-    return pairs, [_Pair(key, entry, there_raw[key]) for key, entry in here_raw.items()]
+    raw = [_Pair(key, entry, there_raw[key], part_of[key]) for key, entry in here_raw.items()]
+    return pairs, raw
 
 
-def _layer(model: Any, path: str) -> _Layer:
-    module = model.get_submodule(path)
-    parent = model.get_submodule(path.rpartition(".")[0])
-    kind = kind_of(module, parent=parent)
-    assert kind is not None
-    return _Layer(path, kind, tuple(module.get_parameter(kind.weight).shape))
+def _approximated(
+    model: Any,
+    target: Target,
+    parts: Sequence[_Pair],
+    seed: int,
+    rank: int | None,
+    energy: float | None,
+) -> tuple[Combined, tuple[tuple[int, ...], Tensor]]:
+    """The factors of one target's change, an expert's matrix at a time; and the base's shape and sample."""
+    base, tuned = _matrices(model, target, parts)
+    transposed = target.kind.hold is stores.transposed
+    path, found, sample = target.path, [], []
+    rows, columns = sample_places(len(base) * target.out, target.in_)
+    for e, (read_W, read_M) in enumerate(zip(base, tuned, strict=True)):
+        W, M = read_W(), read_M()
+        delta = M.float() - W.float()
+        delta, W = (x.T if transposed else x.flatten(1) for x in (delta, W))
+        if not delta.isfinite().all():
+            raise ExtractError(f"{path} is not finite in one of the two.")
+        random = _generator(seed, path if len(base) == 1 else f"{path}.{e}")
+        found.append(low_rank(delta, random, rank=rank, energy=energy))
+        here = rows // target.out == e
+        sample.append(W[rows[here] % target.out, columns[here]])
+    shape = (target.out, target.in_)
+    if target.kind.layout is not EXPERTS:
+        return found[0], (shape, sample[0])
+    return stacked_experts(found), ((len(base), *shape), torch.cat(sample))
+
+
+def _matrices(
+    model: Any, target: Target, parts: Sequence[_Pair]
+) -> tuple[list[Callable[[], Tensor]], list[Callable[[], Tensor]]]:
+    """What reads each of the target's matrices as the model holds it, out of both checkpoints."""
+    found = []
+    for which in ("base", "tuned"):
+        files: dict[str, Entry] = {pair.name: getattr(pair, which) for pair in parts}
+        if target.kind.layout is not EXPERTS:
+            found.append([next(iter(files.values())).read])
+            continue
+        whole = files.get(target.path)
+        readers = experts_of(whole) if whole else fused_from(model, target.path, files)
+        if isinstance(readers, str):
+            raise ExtractError(readers)
+        found.append(readers)
+    return found[0], found[1]
 
 
 def _as_saved(
-    layer: _Layer, A: Tensor, B: Tensor, held: tuple[int, ...], matrix: tuple[int, ...]
+    model: Any, targets: Sequence[Target], found: Mapping[str, Combined]
 ) -> dict[str, Tensor]:
     """A and B under PEFT's keys and in PEFT's shapes."""
-    layout, r = layer.kind.layout, len(A)
-    shape, pair = torch.Size(held), (matrix[0], matrix[1])
-    end = "" if "embedding" in layout.A else ".weight"
-    key = f"{PREFIX}{layer.path}"
-    return {
-        f"{key}.{layout.A}{end}": A.reshape(layout.A_shape(shape, pair, r)).contiguous(),
-        f"{key}.{layout.B}{end}": B.reshape(layout.B_shape(shape, pair, r)).contiguous(),
-    }
+    tensors = {}
+    for target in targets:
+        module, layout = model.get_submodule(target.module_path), target.kind.layout
+        # several parameters of one module are nested, the module's last one outermost
+        own = [t.parameter for t in targets if t.module_path == target.module_path]
+        order = [name for name in reversed(module._parameters) if name in own]
+        depth = order.index(target.parameter) if target.parameter else 0
+        A, B, _, _ = found[target.path]
+        shape, pair = module.get_parameter(target.kind.weight).shape, (target.out, target.in_)
+        end = "" if layout is EMBEDDING else ".weight"
+        key, r = f"{PREFIX}{target.module_path}{'.base_layer' * depth}", A.shape[-2]
+        for name, factor, as_file in (
+            (layout.A, layout.A_saved(A), layout.A_shape),
+            (layout.B, layout.B_saved(B), layout.B_shape),
+        ):
+            tensors[f"{key}.{name}{end}"] = factor.reshape(as_file(shape, pair, r)).contiguous()
+    return tensors
 
 
 def _rest(
-    differ: Sequence[_Pair], adapted: set[str], pairs: Mapping[str, _Pair], heads: tuple[str, ...]
+    differ: Sequence[_Pair],
+    adapted: set[str],
+    by_parameters: set[str],
+    pairs: Mapping[str, _Pair],
+    heads: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What is saved whole, by key, and the fields of the configuration that say so.
 
-    heads: of the task, which every adapter for it holds, whether they differ or not.
+    adapted, by_parameters: the modules that the adapter adapts as such, and those of target_parameters, of which
+    nothing can be saved beside. heads: of the task, which every adapter for it holds, whether they differ or not.
     """
     owners = {name: name.rpartition(".")[0] for name in pairs}
     modules = {path for path in owners.values() if path.rpartition(".")[2] in heads}
     fields: dict[str, Any] = {}
     saved: dict[str, Tensor] = {}
     for pair in differ:
-        if pair.name not in pairs:
-            continue  # stored in another form than the model's
+        if pair.name not in pairs or owners[pair.name] in by_parameters:
+            continue  # stored in another form than the model's, or beside an adapted parameter
         if pair.base.shape != pair.tuned.shape:
             # a resized vocabulary, which PEFT saves without a name in modules_to_save
             saved[PREFIX + pair.name] = pair.tuned.read()
@@ -266,17 +332,26 @@ def _rest(
 
 
 def _config(
-    ranks: Mapping[str, int], model: Any, base: str | Path, task: str, fields: Mapping[str, Any]
+    ranks: Mapping[str, int],
+    adapted: Sequence[Target],
+    model: Any,
+    base: str | Path,
+    task: str,
+    fields: Mapping[str, Any],
 ) -> LoraConfig:
     """The configuration that describes the layers: scaling 1 at each, whatever its rank."""
     r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     pattern = pattern_of(ranks, r)
+    modules = [target.path for target in adapted if target.parameter is None]
+    parameters = [target.path for target in adapted if target.parameter is not None]
     return LoraConfig(
         r=r,
         lora_alpha=r,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=_names(model, ranks),
+        target_modules=_names(modules, [path for path, _ in model.named_modules()]),
+        target_parameters=_names(parameters, [path for path, _ in model.named_parameters()], 2)
+        or None,
         task_type=task,
         base_model_name_or_path=str(base),
         inference_mode=True,
@@ -284,12 +359,10 @@ def _config(
     )
 
 
-def _names(model: Any, paths: Mapping[str, int]) -> list[str]:
-    """The last names of the layers where those select no other module, else the paths."""
-    endings = sorted({path.rpartition(".")[2] for path in paths})
-    selected = {
-        path for path, _ in model.named_modules() if path and path.rpartition(".")[2] in endings
-    }
+def _names(paths: Sequence[str], every: Sequence[str], words: int = 1) -> list[str]:
+    """The last words of the paths where those select nothing else of `every`, else the paths."""
+    endings = sorted({".".join(path.split(".")[-words:]) for path in paths})
+    selected = {path for path in every if any(is_or_ends(path, end) for end in endings)}
     return endings if selected == set(paths) else list(paths)
 
 

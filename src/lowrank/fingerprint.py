@@ -6,7 +6,7 @@ float32, bfloat16 or float16 gives the same fingerprint up to a few last places.
 
 import base64
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def check_base(
 
 def check_samples(
     saved: dict[str, Any] | None,
-    samples: dict[str, tuple[tuple[int, int], Tensor]],
+    samples: Mapping[str, tuple[tuple[int, ...], Tensor]],
     where: Any,
     base: Any,
     trained_on: str | None,
@@ -88,8 +88,8 @@ def check_samples(
     _raise_if_different(saved, {"weights": of_samples(samples)}, where, str(base), trained_on)
 
 
-def of_samples(samples: dict[str, tuple[tuple[int, int], Tensor]]) -> dict[str, dict[str, Any]]:
-    """The weights of a fingerprint, from (out, in) and what lies at `sample_places` of each."""
+def of_samples(samples: Mapping[str, tuple[tuple[int, ...], Tensor]]) -> dict[str, dict[str, Any]]:
+    """The weights of a fingerprint, from (*expert, out, in) and what lies at `sample_places` of each."""
     return {
         path: {"shape": list(shape), "sample": _encode(sample.to(torch.bfloat16))}
         for path, (shape, sample) in samples.items()

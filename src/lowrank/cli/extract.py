@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which layers (all-linear: every linear layer but the output head)",
     )
     parser.add_argument(
+        "--target-parameters",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="which bare parameters, as experts.gate_up_proj experts.down_proj",
+    )
+    parser.add_argument(
         "--save-rest", action="store_true", help="hold whole what differs and cannot be a LoRA"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the randomised SVD (0)")
@@ -52,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         rank=args.rank,
         energy=args.energy,
         target_modules="all-linear" if words == ["all-linear"] else words,
+        target_parameters=args.target_parameters,
         save_rest=args.save_rest,
         seed=args.seed,
     )
