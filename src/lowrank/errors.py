@@ -56,6 +56,10 @@ class MergeError(LowrankError, ValueError):
     """A merge that cannot be done, or would not be finite. Unless the text says so, the base is untouched."""
 
 
+class QuantisationError(LowrankError, ValueError):
+    """A weight that cannot be quantised, or not this way."""
+
+
 class CombineError(LowrankError, ValueError):
     """Adapters that cannot be combined, or not by that method. Nothing was written or changed."""
 

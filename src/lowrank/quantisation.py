@@ -6,7 +6,7 @@ from typing import Any
 
 from lowrank.errors import ConfigError, did_you_mean
 
-FORMATS = ("nf4", "fp4", "int8", "int4", "int3", "int2")
+FORMATS = ("nf4", "fp4", "int8", "int4", "int3", "int2", "nf2")
 BACKENDS = ("lowrank", "bitsandbytes", "torchao", "hqq", "gptq", "awq")
 
 
@@ -15,7 +15,7 @@ class Quantisation:
     """How the weights of a base are rounded: what an adapter's file names.
 
     format: "nf4" (QLoRA, Dettmers et al. 2023, §3), "fp4", "int8" (LLM.int8's weights, Dettmers et al. 2022),
-    "int4" and fewer. backend: whose bytes hold them. Two quantisations that differ in the backend alone may stand for
+    "int4" and fewer, "nf2" (LoftQ's). backend: whose bytes hold them. Two quantisations that differ in the backend alone may stand for
     the same numbers: see `rounding`. Raises ConfigError for a name that is neither.
     """
 

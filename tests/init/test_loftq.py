@@ -12,8 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from lowrank import LoftQConfig, LoraConfig, PeftModel, get_peft_model, read_adapter
 from lowrank.errors import AdapterFileError, AdapterNameError, ConfigError, TargetError
 from lowrank.init import loftq
-from lowrank.kernels.quantisation import rounded
+from lowrank.init.weight import LOFTQ
+from lowrank.kernels import quantisation
 from lowrank.wrappers import lora_layers
+
+
+def rounded(W, bits):
+    return quantisation.rounded(W, LOFTQ[bits])
 
 
 def config(bits=4, iterations=1, **options):

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from lowrank.init.start import Start
 from lowrank.kernels.quantisation import rounded
+from lowrank.quantisation import Quantisation
 
+LOFTQ = {  # bits -> what LoftQ rounds to
+    2: Quantisation("nf2", block_size=64),
+    4: Quantisation("nf4", block_size=64),
+    8: Quantisation("int8"),
+}
 _OVERSAMPLING = 8  # columns beyond r that a randomised SVD works with: Halko et al. 2011, §4.2
 
 
@@ -58,13 +64,13 @@ def loftq(
 
     In turns Q = q(W − s·B·A), from B·A = 0, and s·B·A = the best approximation of W − Q with rank r (Li et al.
     2023, Algorithm 1, there with s = 1). Q is rounded to W's dtype, and the adapter makes up for that too.
-    bits: what q rounds to, see `quantisation.rounded`.
+    bits: what q rounds to, of LOFTQ.
     """
     stored = read().detach()
     W = _wide(stored)
     correction = torch.zeros_like(W)
     for _ in range(iterations):
-        Q = rounded(W - correction, bits).to(stored.dtype)
+        Q = rounded(W - correction, LOFTQ[bits]).to(stored.dtype)
         U, S, Vh = svd(W - Q.to(W.dtype), r)
         correction = (U * S) @ Vh
     root = (S / scaling).sqrt()

@@ -1,20 +1,37 @@
-"""Rounding a weight to few bits and back, in plain torch: normal floats in blocks, and integers by row."""
+"""Rounding a weight to few bits and back: floats of 4 bits in blocks, and integers by row.
 
+The bytes are bitsandbytes', every one of them, so that what either library stored the other reads. On CUDA its
+kernels do the reading where it is installed; the numbers are the same.
+"""
+
+import sys
 from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK_SIZE = 64
+from lowrank.errors import QuantisationError
+from lowrank.quantisation import Quantisation
+
+NESTED_BLOCK_SIZE = 256  # scales that share a scale: QLoRA §3
 _TAIL = 0.9677083  # the quantile at which a normal float's largest value stands: QLoRA's code
+_CHUNK = 2**15  # bytes that are dequantised at a time: what lies between stays in a core's cache
 
 
-class Quantised(NamedTuple):
-    """What a quantisation stores of a weight."""
+class Packed(NamedTuple):
+    """What is stored of a weight of n entries, in row-major order."""
 
-    codes: Tensor  # uint8 or int8; blocks: (blocks, block_size); rows: (out, in)
-    scales: Tensor  # float32, the largest magnitude of each block or row: (blocks,) or (out,)
+    # 4 bits: uint8 (⌈n/2⌉, 1), the first of two entries in the high half of a byte; 8: int8 (out, in)
+    codes: Tensor
+    # the largest magnitude of each block, or row: float32 (blocks,), (out,); double: uint8 (blocks,)
+    absmax: Tensor
+    nested_absmax: Tensor | None = None  # double: float32 (⌈blocks/256⌉,)
+    offset: Tensor | None = None  # double: float32 (), the mean of the blocks' magnitudes
+
+
+# --- code books -----------------------------------------------------------------------------------
 
 
 @cache
@@ -25,48 +42,242 @@ def normal_float(bits: int) -> Tensor:
     Appendix E, whose table is `normal_float(4)`.
     """
     half = 2 ** (bits - 1)
-    above = torch.special.ndtri(torch.linspace(_TAIL, 0.5, half + 1, dtype=torch.float64)[:-1])
-    below = -torch.special.ndtri(torch.linspace(_TAIL, 0.5, half, dtype=torch.float64)[:-1])
-    zero = torch.zeros(1, dtype=torch.float64)
-    return (torch.cat([above, zero, below]).sort().values / above.max()).float()
+    above = torch.special.ndtri(_linspace(_TAIL, 0.5, half + 1)[:-1].double()).float()
+    below = -torch.special.ndtri(_linspace(_TAIL, 0.5, half)[:-1].double()).float()
+    return torch.cat([above, torch.zeros(1, device="cpu"), below]).sort().values / above.max()
 
 
-def quantise_normal_float(W: Tensor, bits: int = 4, block_size: int = BLOCK_SIZE) -> Quantised:
-    """Each entry of W, divided by the largest magnitude of its block, as the nearest of `normal_float(bits)`.
+@cache
+def dynamic_map() -> Tensor:
+    """The 256 values, ascending from almost −1 to 1, that doubly quantised scales take; float32.
 
-    Blocks are block_size entries in row-major order, the last padded with zeros: as bitsandbytes stores NF4.
+    A sign, a power of ten down to 10⁻⁶ in as many zero bits, and the bits that are left as a fraction
+    between 0.1 and 1: dynamic tree quantisation, Dettmers 2016, §3 (arXiv:1511.04561).
     """
-    flat = W.detach().float().flatten()
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
-    scales = blocks.abs().amax(dim=1)
-    values = normal_float(bits).to(W.device)
-    between = (values[1:] + values[:-1]) / 2
-    unit = blocks / torch.where(scales > 0, scales, 1)[:, None]
-    return Quantised(torch.bucketize(unit, between, out_int32=True).to(torch.uint8), scales)
+    parts = [torch.tensor([0.0, 1.0], device="cpu")]
+    for bits in range(7):
+        edges = _linspace(0.1, 1, 2**bits + 1)
+        values = 10.0 ** (bits - 6) * ((edges[:-1] + edges[1:]) / 2)
+        parts += [values, -values]
+    return torch.cat(parts).sort().values
 
 
-def dequantise_normal_float(stored: Quantised, shape: tuple[int, ...], bits: int = 4) -> Tensor:
-    """The weight of that shape that `stored` stands for; float32."""
-    values = normal_float(bits).to(stored.scales.device)
-    blocks = values[stored.codes.int()] * stored.scales[:, None]
-    return blocks.flatten()[: torch.Size(shape).numel()].view(shape)
+@cache
+def code_book(format: str) -> Tensor:
+    """The values of the codes 0, 1, 2, … of "nf4", "nf2" or "fp4"; float32."""
+    if (
+        format == "fp4"
+    ):  # a sign, two bits of an exponent and one of a fraction, 0.0625 at the lowest
+        magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], device="cpu")
+        return torch.cat([magnitudes, -magnitudes]) / 12
+    return normal_float(int(format[-1]))
 
 
-def quantise_int8(W: Tensor) -> Quantised:
-    """Each entry of W (out, in) in 127ths of its row's largest magnitude: LLM.int8's weights (Dettmers et al. 2022)."""
-    W = W.detach().float()
-    scales = W.abs().amax(dim=1)
-    unit = W / torch.where(scales > 0, scales, 1)[:, None]
-    return Quantised((127 * unit).round().to(torch.int8), scales)
+def _linspace(start: float, end: float, steps: int) -> Tensor:
+    return torch.linspace(start, end, steps, dtype=torch.float32, device="cpu")
 
 
-def dequantise_int8(stored: Quantised) -> Tensor:
-    """The weight (out, in) that `stored` stands for; float32."""
-    return stored.codes.float() * (stored.scales / 127)[:, None]
+# --- quantising -----------------------------------------------------------------------------------
 
 
-def rounded(W: Tensor, bits: int) -> Tensor:
-    """W (out, in) quantised and back, float32: 2 and 4 bits as normal floats, 8 as integers by row."""
-    if bits == 8:
-        return dequantise_int8(quantise_int8(W))
-    return dequantise_normal_float(quantise_normal_float(W, bits), tuple(W.shape), bits)
+def quantise(W: Tensor, quantisation: Quantisation) -> Packed:
+    """W (out, in) of 16 or 32 bits, rounded. The formats are "nf4", "nf2", "fp4" and "int8".
+
+    Each entry over the largest magnitude of its block (int8: of its row) becomes the nearest value of the
+    format. Raises QuantisationError where an entry is not finite, or for another format.
+    """
+    if quantisation.format == "int8":
+        return _quantise_int8(W)
+    codes, absmax = _quantise_blocks(W, quantisation)
+    if not quantisation.double:
+        return Packed(codes, absmax)
+    offset = absmax.mean()
+    return Packed(codes, *_quantise_scales(absmax - offset), offset)
+
+
+def _quantise_blocks(W: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor]:
+    size = block_size_of(quantisation)
+    blocks = _in_blocks(W, size)
+    absmax = blocks.abs().amax(dim=1)
+    _refuse_infinite(absmax)
+    least = absmax.clamp_min(1e-38)
+    unit = blocks * least.reciprocal()[:, None]
+    if W.numel() % size:  # bitsandbytes' way with the last block, where it is short
+        absmax[-1] = least[-1]
+        unit[-1] = blocks[-1] / least[-1]
+    order = torch.argsort(code_book(quantisation.format), stable=True)
+    values = code_book(quantisation.format)[order].to(W.device)
+    entries = unit.clamp_(-1, 1).flatten()[: W.numel()]
+    entries = torch.nn.functional.pad(entries, (0, W.numel() % 2))  # two share a byte
+    codes = order.to(W.device)[torch.bucketize(entries, _between(values))].to(torch.uint8)
+    return (codes[::2] << 4 | codes[1::2])[:, None], absmax
+
+
+def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of `dynamic_map` (blocks,), and the largest magnitude of every 256 scales."""
+    blocks = _in_blocks(scales, NESTED_BLOCK_SIZE)
+    absmax = blocks.abs().amax(dim=1)
+    unit = blocks / torch.where(absmax > 0, absmax, 1)[:, None]
+    if scales.device.type == "cpu":  # where bitsandbytes looks the nearest value up at 2¹⁶ places
+        place = ((unit.double() + 1) / 2 * 65535 + 0.5).floor()
+        unit = (place / 65535 * 2 - 1).float()
+    codes = torch.bucketize(unit, _between(dynamic_map().to(scales.device)))
+    codes = torch.where((absmax > 0)[:, None], codes, 0)
+    return codes.flatten()[: len(scales)].to(torch.uint8), absmax
+
+
+def _quantise_int8(W: Tensor) -> Packed:
+    """In 127ths of each row's largest magnitude, of W in float16: LLM.int8's weights, Dettmers et al. 2022."""
+    half = W.detach().to(torch.float16)
+    absmax = half.abs().amax(dim=1).float()
+    _refuse_infinite(absmax)
+    codes = (half * torch.where(absmax > 0, 127.0 / absmax, 0)[:, None]).round().to(torch.int8)
+    return Packed(codes, absmax)
+
+
+def _in_blocks(W: Tensor, size: int) -> Tensor:
+    """The entries in row-major order, float32 (blocks, size), the last block filled up with zeros."""
+    flat = W.detach().flatten().float()
+    return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
+
+
+def _between(values: Tensor) -> Tensor:
+    return (values[1:] + values[:-1]) / 2
+
+
+def _refuse_infinite(absmax: Tensor) -> None:
+    if not absmax.is_meta and not torch.isfinite(absmax).all():
+        raise QuantisationError(
+            "The weight has NaN, infinity or, for int8, entries beyond ±65504 in it, and cannot be quantised."
+        )
+
+
+def block_size_of(quantisation: Quantisation) -> int:
+    """The entries of a block. Raises QuantisationError for a format that is not written in blocks here."""
+    if quantisation.format not in ("nf4", "nf2", "fp4"):
+        raise QuantisationError(f"lowrank reads {quantisation.format} and does not write it.")
+    size = quantisation.block_size or 64
+    if size < 2 or size % 2:
+        raise QuantisationError(f"block_size={size} must be even: two entries share a byte.")
+    return size
+
+
+# --- and back -------------------------------------------------------------------------------------
+
+
+def dequantise(
+    packed: Packed,
+    quantisation: Quantisation,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight of that shape that `packed` stands for: computed in float32, rounded to `dtype`."""
+    if quantisation.format == "int8":
+        return dequantise_int8(packed, dtype)
+    size = block_size_of(quantisation)
+    absmax = scales(packed)
+    codes = packed.codes.view(torch.uint8)
+    if torch.compiler.is_compiling() or codes.is_meta:
+        return dequantise_blocks_reference(codes, absmax, quantisation.format, size, shape, dtype)
+    if quantisation.format != "nf2" and _bitsandbytes_reads(codes, shape, dtype, size):
+        return torch.ops.bitsandbytes.dequantize_4bit.default(
+            codes, absmax, size, quantisation.format, shape, dtype
+        )
+    return dequantise_blocks(codes, absmax, quantisation.format, size, shape, dtype)
+
+
+def scales(packed: Packed) -> Tensor:
+    """The largest magnitude of each block, or row, as dequantising takes it; float32."""
+    if packed.nested_absmax is None or packed.offset is None:
+        return packed.absmax.float()
+    values = dynamic_map().to(packed.absmax.device)[packed.absmax.int()]
+    nested = packed.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: len(values)]
+    return values * nested + packed.offset
+
+
+def dequantise_int8(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight (out, in) in 127ths of each row's scale."""
+    return packed.codes.to(dtype).mul_((packed.absmax * (1 / 127))[:, None])
+
+
+def dequantise_blocks_reference(
+    codes: Tensor,
+    absmax: Tensor,
+    format: str,
+    size: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Each code's value times its block's scale, in plain steps."""
+    both = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=1).flatten()
+    n = torch.Size(shape).numel()
+    values = code_book(format).to(codes.device)[both[:n].int()]
+    return (values * absmax.repeat_interleave(size)[:n]).to(dtype).view(shape)
+
+
+def dequantise_blocks(
+    codes: Tensor,
+    absmax: Tensor,
+    format: str,
+    size: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same, bit for bit, a byte's two values looked up at once, and some blocks at a time.
+
+    Between the codes and the result lies no tensor of the weight's size. benchmarks/quantised_step.py times it.
+    """
+    n = torch.Size(shape).numel()
+    flat, pairs = codes.flatten(), _pairs(format, codes.device)
+    found = torch.empty(n, dtype=dtype, device=codes.device)
+    step = max(1, (_CHUNK if codes.device.type == "cpu" else 2**24) * 2 // size)  # blocks
+    for block in range(0, len(absmax), step):
+        part = flat[block * size // 2 : (block + step) * size // 2]
+        values = pairs.index_select(0, part.int()).view(torch.float32)
+        out = found[block * size : (block + step) * size]
+        if len(out) % size:  # the last block is short
+            scale = absmax[block : block + step].repeat_interleave(size)[: len(out)]
+            out.copy_(values[: len(out)] * scale)
+        else:
+            scale = absmax[block : block + step, None]
+            torch.mul(values.view(-1, size), scale, out=out.view(-1, size))
+    return found.view(shape)
+
+
+@cache
+def _pairs(format: str, device: torch.device) -> Tensor:
+    """For each byte its two values, as one complex number: (256,), what torch gathers fastest."""
+    values = torch.zeros(16, device="cpu")
+    values[: len(code_book(format))] = code_book(format)
+    both = torch.cartesian_prod(values, values)
+    return torch.view_as_complex(both).to(device)
+
+
+def _bitsandbytes_reads(
+    codes: Tensor, shape: tuple[int, ...], dtype: torch.dtype, size: int
+) -> bool:
+    """Whether to use its kernel: on CUDA wherever it is installed, on a CPU where it is loaded anyway."""
+    if (
+        dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        or size < 32
+        or size & (size - 1)
+    ):
+        return False
+    if codes.device.type == "cpu":
+        # 0.50.2 scales a row wrongly where a block goes on in the next one; larger blocks it hands to torch
+        return "bitsandbytes" in sys.modules and shape[-1] % size == 0 and size < 2048
+    return codes.device.type == "cuda" and _load_bitsandbytes()
+
+
+@cache
+def _load_bitsandbytes() -> bool:
+    if find_spec("bitsandbytes") is None:
+        return False
+    import bitsandbytes  # noqa: F401
+
+    return True
+
+
+def rounded(W: Tensor, quantisation: Quantisation) -> Tensor:
+    """The numbers that stand for W (out, in) once it is quantised; float32."""
+    return dequantise(quantise(W, quantisation), quantisation, tuple(W.shape))
