@@ -334,12 +334,47 @@ def test_an_error_in_the_forward_leaves_the_parameters():
     assert all(experts._parameters[name] is p for name, p in held.items())
 
 
-def test_rows_of_a_batch_are_refused():
-    model = adapted(tiny.mixtral())
-    with pytest.raises(RowsError, match="MixtralExperts is adapted through its weight"):
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_every_row_of_a_batch_goes_through_its_own_experts(name):
+    base = MODELS[name]()
+    names = ["two", "__base__", "one", "one", "two"]
+    ids = torch.cat([tiny.IDS, tiny.IDS[:2].flip(1)])
+    # the router too, whose module gives several tensors
+    router = ["gate.weight", "router.weight"][name == "gpt_oss"]
+    model = get_peft_model(base, config(target_parameters=[*BOTH, router]), "one")
+    model.add_adapter("two", config(r=2, target_modules=["q_proj"], target_parameters=BOTH[1:]))
+    model.base_model.set_adapter(["one", "two"])
+    randomise(model)
+    truth = torch.zeros(5, ids.shape[1], 93, dtype=torch.float64)
+    for each in ("one", "two"):
+        model.set_adapter(each)
+        here = [row for row, other in enumerate(names) if other == each]
+        truth[here] = model(ids[here]).logits
+    with model.disable_adapter():
+        truth[1] = model(ids[1:2]).logits[0]
+    model.base_model.set_adapter(["one", "two"])
+    found = model(ids, adapter_names=names).logits
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+    assert (truth[0] - truth[2]).abs().max() > 1e-3
+    # the gradients reach each adapter through its own rows alone
+    found[2:4].square().mean().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if ".two." in n and p.grad is not None}
+    assert all(not grad.any() for grad in grads.values())
+    down = model.get_base_model().model.layers[1].mlp.experts.chain()[0].lora_B["one"].weight
+    model.set_adapter("one")
+    wanted = torch.autograd.grad(model(ids[2:4]).logits.square().mean(), down)[0]
+    torch.testing.assert_close(down.grad, wanted, rtol=0, atol=1e-12)
+
+
+def test_rows_that_cannot_be_told_apart_are_refused():
+    """Llama 4 gives its experts every token once for each of them, expert after expert."""
+    model = adapted(tiny.llama4())
+    with pytest.raises(RowsError, match="not told which tokens go to which expert"):
         model(tiny.IDS, adapter_names=["default", "__base__", "default"])
+    same = model(tiny.IDS, adapter_names=["default"] * 3).logits
+    assert torch.equal(same, logits(model))
     with rows(model, ["__base__"] * 3):
-        assert torch.equal(logits(model), logits(tiny.mixtral()))
+        assert torch.equal(logits(model), logits(tiny.llama4()))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -321,11 +321,11 @@ def check_mixed_batch(case: Case, model, method: str, base: Base, want: Exact, x
     """Rows of the adapter, of a second one of another rank, of none, and of the first again."""
     model.add_adapter("other", config(case, **OTHER, **options(method)))
     trained(model, "other")
-    by_rows = case.how in ("linear", "table", "convolution")
-    rows = torch.cat([x, x.flip(0)]) if by_rows and case.batched else x
+    by_rows = case.by_rows and case.batched
+    rows = torch.cat([x, x.flip(0)]) if by_rows else x
     names = [["default", "other", "__base__"][i % 3] for i in range(len(rows))]
-    if not by_rows or not case.batched:
-        words = "no dimension for the rows" if by_rows else "one for all rows"
+    if not by_rows:
+        words = "no dimension for the rows" if case.by_rows else "adapted through its weight, and"
         with pytest.raises(RowsError, match=words):
             model(rows, adapter_names=names)
         return

@@ -220,5 +220,9 @@ def test_what_cannot_be_mixed_is_refused():
         nn.Sequential(nn.MultiheadAttention(8, 2)), LoraConfig(target_modules=["0"]), "a"
     )
     x = torch.randn(2, 3, 8)
-    with rows(attention, ["a", "a"]), pytest.raises(RowsError, match="through its weight"):
+    attention.base_model.model[0].lora_B["a"].weight.data.normal_()
+    with rows(attention, ["a", "__base__"]), pytest.raises(RowsError, match="through its weight"):
         attention.base_model.model[0](x, x, x)
+    with rows(attention, ["a", "a"]):  # one weight will do
+        found = attention.base_model.model[0](x, x, x)[0]
+    assert torch.equal(found, attention.base_model.model[0](x, x, x)[0])

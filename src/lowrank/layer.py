@@ -23,7 +23,7 @@ from lowrank.lora import (
     merged_weight,
     weight_change,
 )
-from lowrank.mixed_batch import mixed_forward, one_weight_for_all
+from lowrank.mixed_batch import mixed_forward, weights_for_all
 from lowrank.output_change import add_output_change, weights_with
 from lowrank.routing import Routing
 
@@ -89,11 +89,9 @@ class LoraLayer(nn.Module):
             if self.kind.weight_taken and name in (self.kind.weight, self.kind.bias):
                 # whoever takes the weight to compute with it, as MultiheadAttention does with its
                 # out_proj, gets the one with the adapters in it
-                if self.routing.names is not None and not self.r.keys().isdisjoint(
-                    self.routing.names
-                ):
-                    raise one_weight_for_all(self) from None
-                return weights_with(self, self._live()).get(name, getattr(base, name))
+                routed = self.routing.names is not None and not self._disabled
+                found = weights_for_all(self) if routed else weights_with(self, self._live())
+                return found.get(name, getattr(base, name))
             return getattr(base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lowrank.bases.kinds import EXPERTS
 from lowrank.errors import RowsError
-from lowrank.output_change import add_output_change
+from lowrank.output_change import add_output_change, weights_with
 from lowrank.routing import BASE, Routing, blocks, groups, index
 
 
@@ -18,6 +21,8 @@ def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
     Adapters of one rank that have equally many rows go through one batched product; others, and DoRA,
     lora_bias, dropout, embeddings and convolutions, through one product for each adapter.
     """
+    if layer.kind.op is None:
+        return _through_the_weights(layer, args, kwargs)
     y = layer.base_layer(*args, **kwargs)
     x = args[0] if args else next(iter(kwargs.values()))
     assert layer.routing.names is not None
@@ -25,8 +30,6 @@ def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
     if layer.disable_adapters:
         return y
     rows = {name: found for name, found in groups(layer.routing.names).items() if name in layer.r}
-    if rows and layer.kind.op is None:
-        raise one_weight_for_all(layer)
     if rows and y.ndim <= -layer.kind.op.channel(layer.base_layer):
         raise RowsError(
             f"A {type(layer.base_layer).__name__} was given {tuple(x.shape)}, which has no dimension for the rows of a "
@@ -41,12 +44,96 @@ def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
     return y
 
 
-def one_weight_for_all(layer: Any) -> RowsError:
-    """What is raised where rows would need different weights at once."""
+# --- through the weight ---------------------------------------------------------------------------
+
+
+def weights_for_all(layer: Any) -> dict[str, Tensor]:
+    """The weights of the one adapter that all rows go through. Raises RowsError where they need different ones."""
+    names = {name for name in layer.routing.names if name in layer.r}
+    if names and len({*layer.routing.names}) > 1:
+        raise _refusal(layer, "its weight is taken for all rows at once")
+    return weights_with(layer, list(names))
+
+
+def _through_the_weights(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What the module gives when it is run once for each adapter, on its rows alone and with its weights.
+
+    The rows have to be the first dimension of everything that goes in and comes out, as a batch, or flattened
+    with their positions. Raises RowsError where that does not show.
+    """
+    base, routing = layer.get_base_layer(), layer.routing
+    chain = layer.chain()
+    by_name: dict[str, list[int]] = {}
+    for row, name in enumerate(routing.names):
+        by_name.setdefault(name, []).append(row)
+    if (
+        len(by_name) == 1
+        or layer.disable_adapters
+        or not any(n in one.r for one in chain for n in by_name)
+    ):
+        replaced: dict[str, Tensor] = {}
+        for one in () if layer.disable_adapters else chain:
+            replaced |= weights_for_all(one)
+        return functional_call(base, replaced, args, kwargs) if replaced else base(*args, **kwargs)
+    length = _splits(layer, args, kwargs)
+    given, structure = tree_flatten((args, kwargs))
+    order, parts = [], []
+    for name, rows in by_name.items():
+        chosen = repeated(rows, given[0], len(routing.names), type(base).__name__)
+        own = [
+            x[chosen] if isinstance(x, Tensor) and x.shape[:1] == (length,) else x for x in given
+        ]
+        with routing.route([name] * len(rows)):
+            own_args, own_kwargs = tree_unflatten(own, structure)
+            parts.append(_through_the_weights(layer, own_args, own_kwargs))
+        order.append(chosen)
+    back = torch.cat(order).argsort()
+    pieces, structures = zip(*(tree_flatten(part) for part in parts), strict=True)
+    if any(
+        y is not None and (not isinstance(y, Tensor) or y.shape[:1] != rows.shape)
+        for values, rows in zip(pieces, order, strict=True)
+        for y in values
+    ):
+        raise _refusal(layer, "what it gives has not the rows as its first dimension")
+    whole = [None if ys[0] is None else torch.cat(ys)[back] for ys in zip(*pieces, strict=True)]
+    return tree_unflatten(whole, structures[0])
+
+
+def _splits(layer: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+    """The length of the dimension along which the module's inputs can be divided among the rows.
+
+    One tensor, whose first dimension is taken to be that of the rows, as before any layer. Or tokens and which
+    experts each goes to: fused experts alone may be given every token once for each of them, expert after expert.
+    Raises RowsError for all else: in what goes with a tensor (offsets, masks, a cache) the rows may be anywhere.
+    """
+    given = tree_flatten((args, kwargs))[0]
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    others = all(x is None or isinstance(x, Tensor | bool | int | float | str) for x in given)
+    if not others or not isinstance(given[0], Tensor):
+        raise _refusal(layer, "it is given more than tensors")
+    x, *more = tensors
+    if layer.kind.layout is EXPERTS:
+        routed = any(t.ndim == 2 and not t.is_floating_point() for t in more)
+        if x.ndim != 2 or not routed or any(t.shape[:1] != x.shape[:1] for t in more):
+            raise _refusal(layer, "it is not told which tokens go to which expert")
+        return len(x)
+    least = 2 if x.is_floating_point() else 1
+    base = layer.get_base_layer()
+    if isinstance(base, _ConvNd):
+        least = base.weight.ndim
+    if more or x.ndim < least:
+        raise _refusal(layer, "where the rows are in its inputs does not show")
+    return len(x)
+
+
+def _refusal(layer: Any, why: str) -> RowsError:
     return RowsError(
-        f"A {type(layer.get_base_layer()).__name__} is adapted through its weight, of which there is one for all "
-        "rows: adapter_names=… does not work with it. Run the adapters one after another."
+        f"A {type(layer.get_base_layer()).__name__} is adapted through its weight, and {why}: adapter_names=… does not "
+        "work with it. Run the adapters one after another."
     )
+
+
+# --- through the output ---------------------------------------------------------------------------
 
 
 def _original_rows(layer: Any, x: Tensor, y: Tensor) -> Tensor:
