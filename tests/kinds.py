@@ -309,7 +309,7 @@ def experts(transposed: bool = False) -> Case:
         weight="up_proj",
         how="experts",
         by_rows=False,
-        refused={"dora": "DoRA could normalise columns", "lora_bias": "no bias"},
+        refused={"lora_bias": "no bias"},
     )
 
 

@@ -334,6 +334,34 @@ def test_an_error_in_the_forward_leaves_the_parameters():
     assert all(experts._parameters[name] is p for name, p in held.items())
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_dora_normalises_each_row_of_each_expert(name, tmp_path):
+    base = MODELS[name]()
+    model = adapted(base, use_dora=True)
+    model.save_pretrained(tmp_path)
+    tensors = get_peft_model_state_dict(model)
+    truth = copy.deepcopy(base)
+    for path, V in changed_weights(base, tensors, BOTH, 5 / 3).items():
+        place = parameters_in_file(base, BOTH)[path]
+        dim = 1 if name == "gpt_oss" else 2  # which of V's is `in`
+        m = tensors[f"{place}.lora_magnitude_vector"].unsqueeze(dim)
+        truth.get_parameter(path).data = m * V / V.square().sum(dim, keepdim=True).sqrt()
+    assert (logits(truth) - by_hand(base, tensors)).abs().max() > 1e-2
+    torch.testing.assert_close(logits(model), logits(truth), rtol=0, atol=1e-12)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    torch.testing.assert_close(logits(loaded), logits(truth), rtol=0, atol=1e-12)
+    config, held = model.peft_config["default"], transposed_weights(base)
+    found = list(changes(base.state_dict(), tensors, config, held))
+    merged = loaded.merge_and_unload().state_dict()
+    assert len(found) == 4
+    for change in found:
+        torch.testing.assert_close(merged[change.name], change.after, rtol=0, atol=1e-13)
+    # at the start DoRA is its base
+    torch.testing.assert_close(
+        logits(get_peft_model(MODELS[name](), config)), logits(base), rtol=0, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_every_row_of_a_batch_goes_through_its_own_experts(name):
     base = MODELS[name]()
@@ -479,7 +507,7 @@ def test_names_that_match_nothing():
 
 def test_what_the_experts_cannot_carry():
     text = refusal(
-        tiny.mixtral(), lora_dropout=0.1, use_dora=True, target_parameters=[*BOTH, "no.such"]
+        tiny.llama4(), lora_dropout=0.1, use_dora=True, target_parameters=[*BOTH, "no.such"]
     )
     assert text.startswith("3 problems")
     assert "set lora_dropout=0" in text

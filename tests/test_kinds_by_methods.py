@@ -168,7 +168,8 @@ def exact(case: Case, layer: LoraLayer, name: str, base: Base, s: float, r: int)
     }
     V = base.weight - base.out + s * delta(case, leaves["A"], leaves["B"], r)
     if "magnitude" in leaves:
-        V = leaves["magnitude"].view(-1, 1) * V / V.detach().square().sum(1, keepdim=True).sqrt()
+        norm = V.detach().square().sum(-1, keepdim=True).sqrt()
+        V = leaves["magnitude"].view(*V.shape[:-1], 1) * V / norm
     bias = base.bias
     if "bias" in leaves:
         bias = s * leaves["bias"] if bias is None else bias + s * leaves["bias"]

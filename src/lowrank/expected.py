@@ -223,8 +223,8 @@ def _adapted(
     merged = W + delta
     magnitude = parts.get("lora_magnitude_vector")
     if magnitude is not None:
-        m = magnitude.double().reshape(-1, 1)
-        merged = m * merged / merged.norm(dim=1, keepdim=True)
+        m = magnitude.double().reshape(*W.shape[:-1], 1)
+        merged = m * merged / merged.norm(dim=-1, keepdim=True)
     merged = merged.mT if transposed else merged.reshape(held.shape)
     yield Change(name, held, merged, saved=False)
 

@@ -174,7 +174,7 @@ class LoraLayer(nn.Module):
         if start.taken_out:
             self._set_start(name, start)
         if use_dora:
-            magnitude = torch.empty(shape[0], device=device, dtype=dtype)
+            magnitude = torch.empty(*self._expert_shape(), shape[0], device=device, dtype=dtype)
             if device.type != "meta":
                 with torch.no_grad():
                     magnitude = initial_magnitude(self.unmerged_weight(), self.lora(name)).to(dtype)
@@ -291,7 +291,7 @@ class LoraLayer(nn.Module):
         magnitude = None
         if name in self.lora_magnitude_vector:
             factor: Any = self.lora_magnitude_vector[name]
-            magnitude = factor.weight.reshape(-1)
+            magnitude = factor.weight.reshape(*self._expert_shape(), -1)
         layout, experts = self.kind.layout, self.experts
         A, B = layout.A_matrix(A, experts), layout.B_matrix(B, experts)
         if name in self.lora_start_A._buffers:

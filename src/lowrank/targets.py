@@ -282,8 +282,10 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
         "adapted through its weight, which has no input to drop from: set lora_dropout=0, or leave it out.",
     ),
     (
-        lambda kind, module, config, r: kind.layout is EXPERTS and config.use_dora,
-        "fused experts do not say which way round each of them is (Llama 4's are transposed, and nothing tells), so DoRA could normalise columns for rows: set use_dora=False, or leave it out.",
+        lambda kind, module, config, r: (
+            kind.layout is EXPERTS and config.use_dora and not hasattr(module, "is_transposed")
+        ),
+        "these fused experts do not say which way round each of them is (Llama 4's are transposed, and nothing tells), so DoRA could normalise columns for rows: set use_dora=False, or leave it out.",
     ),
     (
         lambda kind, module, config, r: is_bare(kind) and taken_out(config.init_lora_weights),
