@@ -7,7 +7,6 @@ import torch
 
 from lowrank.errors import QuantisationError
 from lowrank.kernels.quantisation import (
-    code_book,
     dequantise,
     dequantise_blocks,
     dequantise_blocks_reference,
@@ -16,6 +15,7 @@ from lowrank.kernels.quantisation import (
     quantise,
     rounded,
     scales,
+    table,
 )
 from lowrank.quantisation import Quantisation
 
@@ -90,7 +90,7 @@ def test_each_entry_becomes_the_nearest_value_of_its_block(name, shape):
         blocks, values = list(W.double()), torch.arange(-127, 128) / 127
     else:
         blocks = W.flatten().double().split(quantisation.block_size)
-        values = code_book(quantisation.format)
+        values = table(quantisation.format, torch.device("cpu"))
     stored = scales(packed).double()
     true = torch.stack([block.abs().max() for block in blocks])
     if quantisation.double:  # by at most half the widest gap of the map, of the largest of 256
@@ -186,7 +186,9 @@ def test_the_tables_are_bitsandbytes():
 
     assert torch.equal(dynamic_map(), functional.create_dynamic_map())
     for name in ("nf4", "fp4"):
-        assert torch.equal(code_book(name), functional.get_4bit_type(name, device="cpu"))
+        assert torch.equal(
+            table(name, torch.device("cpu")), functional.get_4bit_type(name, device="cpu")
+        )
 
 
 @with_bitsandbytes

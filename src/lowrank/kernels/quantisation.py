@@ -34,7 +34,6 @@ class Packed(NamedTuple):
 # --- code books -----------------------------------------------------------------------------------
 
 
-@cache
 def normal_float(bits: int) -> Tensor:
     """The 2^bits values of the normal float, ascending from −1 to 1 with an exact 0; float32.
 
@@ -47,7 +46,12 @@ def normal_float(bits: int) -> Tensor:
     return torch.cat([above, torch.zeros(1, device="cpu"), below]).sort().values / above.max()
 
 
-@cache
+def float4() -> Tensor:
+    """The 16 values of "fp4": a sign, two bits of an exponent and one of a fraction, 0.0625 at the lowest."""
+    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], device="cpu")
+    return torch.cat([magnitudes, -magnitudes]) / 12
+
+
 def dynamic_map() -> Tensor:
     """The 256 values, ascending from almost −1 to 1, that doubly quantised scales take; float32.
 
@@ -62,19 +66,32 @@ def dynamic_map() -> Tensor:
     return torch.cat(parts).sort().values
 
 
-@cache
-def code_book(format: str) -> Tensor:
-    """The values of the codes 0, 1, 2, … of "nf4", "nf2" or "fp4"; float32."""
-    if (
-        format == "fp4"
-    ):  # a sign, two bits of an exponent and one of a fraction, 0.0625 at the lowest
-        magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], device="cpu")
-        return torch.cat([magnitudes, -magnitudes]) / 12
-    return normal_float(int(format[-1]))
-
-
 def _linspace(start: float, end: float, steps: int) -> Tensor:
     return torch.linspace(start, end, steps, dtype=torch.float32, device="cpu")
+
+
+def _in_pairs(values: Tensor) -> Tensor:
+    """For each byte the values of its two codes, as one complex number: (256,), what torch gathers fastest."""
+    both = torch.nn.functional.pad(values, (0, 16 - len(values)))
+    return torch.view_as_complex(torch.cartesian_prod(both, both))
+
+
+_BOOKS = {"nf2": normal_float(2), "nf4": normal_float(4), "fp4": float4()}
+_TABLES = {
+    **_BOOKS,
+    **{f"{name} in pairs": _in_pairs(values) for name, values in _BOOKS.items()},
+    "dynamic": dynamic_map(),
+}
+_ELSEWHERE: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def table(name: str, device: torch.device) -> Tensor:
+    """The values of the codes 0, 1, 2, … of "nf4", "nf2", "fp4" or the "dynamic" map of scales; float32."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return _TABLES[name].to(device)
+    if (name, device) not in _ELSEWHERE:
+        _ELSEWHERE[name, device] = _TABLES[name].to(device)
+    return _ELSEWHERE[name, device]
 
 
 # --- quantising -----------------------------------------------------------------------------------
@@ -105,23 +122,23 @@ def _quantise_blocks(W: Tensor, quantisation: Quantisation) -> tuple[Tensor, Ten
     if W.numel() % size:  # bitsandbytes' way with the last block, where it is short
         absmax[-1] = least[-1]
         unit[-1] = blocks[-1] / least[-1]
-    order = torch.argsort(code_book(quantisation.format), stable=True)
-    values = code_book(quantisation.format)[order].to(W.device)
+    order = torch.argsort(_TABLES[quantisation.format], stable=True).to(W.device)
+    values = table(quantisation.format, W.device)[order]
     entries = unit.clamp_(-1, 1).flatten()[: W.numel()]
     entries = torch.nn.functional.pad(entries, (0, W.numel() % 2))  # two share a byte
-    codes = order.to(W.device)[torch.bucketize(entries, _between(values))].to(torch.uint8)
+    codes = order[torch.bucketize(entries, _between(values))].to(torch.uint8)
     return (codes[::2] << 4 | codes[1::2])[:, None], absmax
 
 
 def _quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes of `dynamic_map` (blocks,), and the largest magnitude of every 256 scales."""
+    """The codes of the "dynamic" table (blocks,), and the largest magnitude of every 256 scales."""
     blocks = _in_blocks(scales, NESTED_BLOCK_SIZE)
     absmax = blocks.abs().amax(dim=1)
     unit = blocks / torch.where(absmax > 0, absmax, 1)[:, None]
     if scales.device.type == "cpu":  # where bitsandbytes looks the nearest value up at 2¹⁶ places
         place = ((unit.double() + 1) / 2 * 65535 + 0.5).floor()
         unit = (place / 65535 * 2 - 1).float()
-    codes = torch.bucketize(unit, _between(dynamic_map().to(scales.device)))
+    codes = torch.bucketize(unit, _between(table("dynamic", scales.device)))
     codes = torch.where((absmax > 0)[:, None], codes, 0)
     return codes.flatten()[: len(scales)].to(torch.uint8), absmax
 
@@ -190,7 +207,7 @@ def scales(packed: Packed) -> Tensor:
     """The largest magnitude of each block, or row, as dequantising takes it; float32."""
     if packed.nested_absmax is None or packed.offset is None:
         return packed.absmax.float()
-    values = dynamic_map().to(packed.absmax.device)[packed.absmax.int()]
+    values = table("dynamic", packed.absmax.device)[packed.absmax.int()]
     nested = packed.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: len(values)]
     return values * nested + packed.offset
 
@@ -211,7 +228,7 @@ def dequantise_blocks_reference(
     """Each code's value times its block's scale, in plain steps."""
     both = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=1).flatten()
     n = torch.Size(shape).numel()
-    values = code_book(format).to(codes.device)[both[:n].int()]
+    values = table(format, codes.device)[both[:n].int()]
     return (values * absmax.repeat_interleave(size)[:n]).to(dtype).view(shape)
 
 
@@ -228,7 +245,7 @@ def dequantise_blocks(
     Between the codes and the result lies no tensor of the weight's size. benchmarks/quantised_step.py times it.
     """
     n = torch.Size(shape).numel()
-    flat, pairs = codes.flatten(), _pairs(format, codes.device)
+    flat, pairs = codes.flatten(), table(f"{format} in pairs", codes.device)
     found = torch.empty(n, dtype=dtype, device=codes.device)
     step = max(1, (_CHUNK if codes.device.type == "cpu" else 2**24) * 2 // size)  # blocks
     for block in range(0, len(absmax), step):
@@ -242,15 +259,6 @@ def dequantise_blocks(
             scale = absmax[block : block + step, None]
             torch.mul(values.view(-1, size), scale, out=out.view(-1, size))
     return found.view(shape)
-
-
-@cache
-def _pairs(format: str, device: torch.device) -> Tensor:
-    """For each byte its two values, as one complex number: (256,), what torch gathers fastest."""
-    values = torch.zeros(16, device="cpu")
-    values[: len(code_book(format))] = code_book(format)
-    both = torch.cartesian_prod(values, values)
-    return torch.view_as_complex(both).to(device)
 
 
 def _bitsandbytes_reads(
