@@ -1,5 +1,8 @@
 """`ensure_weight_tying`: what an adapter trains of tied embeddings stays one tensor."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -106,12 +109,131 @@ def test_where_it_cannot_be_honoured_it_is_an_error():
     tied = llama(tied=True)
     assert "nothing in this LlamaForCausalLM is tied" in refused(llama(), ["embed_tokens"])
     assert "trains nothing of model.embed_tokens" in refused(tied)
-    assert "A and B of a tied pair" in refused(tied, target="embed_tokens")
+    assert "DoRA normalises" in refused(tied, target="lm_head", use_dora=True)
+    assert "is not shared by a tied pair" in refused(
+        tied, target="embed_tokens", init_lora_weights="pissa"
+    )
+    assert "its rank and alpha are not those of model.embed_tokens" in refused(
+        tied, target="embed_tokens", rank_pattern={"lm_head": 4}
+    )
+    assert "only lends its weight" in refused(t5(), target="embed_tokens")
     apart = {"embed_tokens": [1], "lm_head": [2]}
     assert "other indices for lm_head" in refused(tied, trainable_token_indices=apart)
     alone = refused(tied, trainable_token_indices={"lm_head": [2]})
     assert "trains nothing of model.embed_tokens, which lm_head is tied to" in alone
     assert "trains nothing of shared" in refused(t5(), target="q")
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_one_adapter_serves_both_of_a_tied_pair(names, tmp_path):
+    base = llama(tied=True)
+    start, before = bits(base), logits(base)
+    config = lowrank.LoraConfig(r=3, lora_alpha=5, target_modules=names, ensure_weight_tying=True)
+    model = randomise(lowrank.get_peft_model(base, config))
+    embedding = model.get_base_model().model.embed_tokens
+    A, B = embedding.lora_embedding_A["default"], embedding.lora_embedding_B["default"]
+    assert model.get_nb_trainable_parameters()[0] == 3 * (93 + 24)
+    assert sum(p.requires_grad for p in model.parameters()) == 2
+    # as a tied model whose one weight is W + s·(B·A)ᵀ, with gradients from both of its uses
+    plain = llama(tied=True)
+    leaves = [t.detach().clone().requires_grad_() for t in (A, B)]
+    W = start["model.embed_tokens.weight"] + 5 / 3 * (leaves[1] @ leaves[0]).T
+    weights = {"model.embed_tokens.weight": W, "lm_head.weight": W}
+    run = {"input_ids": IDS, "labels": IDS}
+    truth = torch.func.functional_call(plain, weights, (), run)
+    found = model(**run)
+    torch.testing.assert_close(found.logits, truth.logits)
+    assert (truth.logits - before).abs().max() > 0.1
+    found.loss.backward()
+    truth.loss.backward()
+    torch.testing.assert_close(A.grad, leaves[0].grad)
+    torch.testing.assert_close(B.grad, leaves[1].grad)
+
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path)
+    tensors = lowrank.read_adapter(tmp_path).tensors
+    head = "base_model.model.lm_head.lora_{}.weight"
+    assert torch.equal(tensors[head.format("A")], B.T)
+    assert torch.equal(tensors[head.format("B")], A.T)
+    for low in (False, True):
+        loaded = lowrank.PeftModel.from_pretrained(
+            llama(tied=True), tmp_path, low_cpu_mem_usage=low
+        )
+        torch.testing.assert_close(logits(loaded), truth.logits.detach())
+    loaded.merge_adapter()
+    torch.testing.assert_close(logits(loaded), truth.logits.detach())
+    pair = loaded.get_base_model().lm_head, loaded.get_base_model().model.embed_tokens
+    assert pair[0].base_layer.weight is pair[1].base_layer.weight
+    loaded.unmerge_adapter()
+    assert pair[0].base_layer.weight is pair[1].base_layer.weight
+    assert torch.equal(pair[0].base_layer.weight, start["lm_head.weight"])
+    merged = loaded.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(base).from_pretrained(tmp_path / "merged", dtype=torch.float64)
+    torch.testing.assert_close(logits(again), truth.logits.detach())
+    assert same_bits(bits(model.unload()), start)
+
+
+def test_a_tied_adapter_beside_one_that_is_not():
+    model = lowrank.get_peft_model(
+        llama(tied=True),
+        lowrank.LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True),
+    )
+    model.add_adapter("apart", lowrank.LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"]))
+    model.base_model.set_adapter(["default", "apart"])
+    randomise(model)
+    both = logits(model)
+    for name in ("default", "apart"):
+        model.set_adapter(name)
+        alone = logits(model)
+        with torch.no_grad():
+            mixed = model(input_ids=IDS, adapter_names=[name, "__base__", name]).logits
+        torch.testing.assert_close(mixed[[0, 2]], alone[[0, 2]])
+    copied = copy.deepcopy(model)
+    randomise(copied, seed=9)
+    model.base_model.set_adapter(["default", "apart"])
+    torch.testing.assert_close(logits(model), both)
+    model.delete_adapter("apart")
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    copied.base_model.set_adapter(["default", "apart"])
+    expected = logits(copied)
+    merged = copied.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected)
+    assert not merged.config.tie_word_embeddings
+
+
+def test_tied_adapters_combined_stay_tied():
+    config = lowrank.LoraConfig(r=3, target_modules=["lm_head"], ensure_weight_tying=True)
+    model = lowrank.get_peft_model(llama(tied=True), config, "one")
+    model.add_adapter("two", dataclasses.replace(config, r=2, lora_alpha=3))
+    model.base_model.set_adapter(["one", "two"])
+    randomise(model)
+    inside = model.get_base_model()
+    pair = inside.model.embed_tokens, inside.lm_head
+    wanted = 0.5 * pair[1].get_delta_weight("one") - 2 * pair[1].get_delta_weight("two")
+    for method in ("linear", "svd"):
+        model.add_weighted_adapter(["one", "two"], [0.5, -2], method, method, svd_rank=None)
+    for layer in pair:
+        torch.testing.assert_close(layer.get_delta_weight("linear"), wanted, atol=1e-6, rtol=0)
+    U, S, Vh = torch.linalg.svd(wanted, full_matrices=False)
+    best = U[:, :3] * S[:3] @ Vh[:3]
+    for layer in pair:
+        torch.testing.assert_close(layer.get_delta_weight("svd"), best, atol=1e-5, rtol=0)
+    assert pair[1].leader("svd") is pair[0]
+
+
+def test_a_file_whose_tied_adapters_differ_is_an_error(tmp_path):
+    config = lowrank.LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True)
+    randomise(lowrank.get_peft_model(llama(tied=True), config)).save_pretrained(tmp_path)
+    adapter = lowrank.read_adapter(tmp_path)
+    adapter.tensors["base_model.model.lm_head.lora_A.weight"] += 1
+    lowrank.write_adapter(tmp_path, adapter)
+    with pytest.raises(AdapterMismatchError, match="different values for lm_head"):
+        lowrank.PeftModel.from_pretrained(llama(tied=True), tmp_path)
 
 
 def test_a_file_with_two_values_for_one_tensor_is_an_error(tmp_path):
@@ -126,14 +248,20 @@ def test_a_file_with_two_values_for_one_tensor_is_an_error(tmp_path):
 @pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("names", NAMES)
-def test_files_go_both_ways(names, tmp_path):
+@pytest.mark.parametrize("how", ["saved", "adapted"])
+def test_files_go_both_ways(names, how, tmp_path):
     peft = pytest.importorskip("peft")
-    fields = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "ensure_weight_tying": True}
+    fields = {"r": 3, "lora_alpha": 5, "ensure_weight_tying": True, "target_modules": ["q_proj"]}
+    fields |= {"modules_to_save": names} if how == "saved" else {"target_modules": names}
     for writer, reader in ((lowrank, peft), (peft, lowrank)):
-        config = writer.LoraConfig(modules_to_save=list(names), **fields)
+        config = writer.LoraConfig(**fields)
         model = randomise(writer.get_peft_model(llama(tied=True), config))
         model.save_pretrained(tmp_path / writer.__name__)
         loaded = reader.PeftModel.from_pretrained(llama(tied=True), tmp_path / writer.__name__)
         torch.testing.assert_close(logits(loaded), logits(model))
     first, second = (lowrank.read_adapter(tmp_path / n).tensors for n in ("lowrank", "peft"))
-    assert {k: t.shape for k, t in first.items()} == {k: t.shape for k, t in second.items()}
+    shapes = [
+        {k: t.shape for k, t in tensors.items() if ".base_layer." not in k}
+        for tensors in (first, second)
+    ]
+    assert shapes[0] == shapes[1]

@@ -178,6 +178,29 @@ def check_layers(
         raise CombineError("These adapters cannot be combined. " + listed(shown))
 
 
+def tied_heads(
+    adapters: Sequence[Adapter], layers: list[dict[str, AdapterLayer]]
+) -> dict[str, str]:
+    """The heads whose adapters are an embedding's, transposed (ensure_weight_tying), with the embedding's path."""
+
+    def same(head: str, path: str) -> bool:
+        pairs = [(found[head], found[path]) for found in layers if path in found and head in found]
+        return bool(pairs) and all(
+            torch.equal(h.A, e.B.T) and torch.equal(h.B, e.A.T) for h, e in pairs
+        )
+
+    if not all(adapter.config.ensure_weight_tying for adapter in adapters):
+        return {}
+    every = {path: layer for found in layers for path, layer in found.items()}
+    embeddings = [path for path, layer in every.items() if layer.embedding]
+    return {
+        head: path
+        for head, layer in every.items()
+        for path in embeddings
+        if not layer.embedding and same(head, path)
+    }
+
+
 def _nesting_problems(layers: list[dict[str, AdapterLayer]], names: Sequence[str]) -> Iterator[str]:
     """Modules whose parameters (target_parameters) the adapters' files nest in ways that do not say one order."""
     modules: dict[str, dict[str, list[AdapterLayer]]] = {}

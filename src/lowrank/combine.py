@@ -23,6 +23,7 @@ from lowrank.combinable import (
     common_base,
     layers_of,
     saved_tensors,
+    tied_heads,
 )
 from lowrank.config import LoraConfig
 from lowrank.errors import CombineError, ShapeError, listed
@@ -93,7 +94,10 @@ def combine(
         for path in paths
     }
     combined: dict[str, Combined] = {}
+    tied = tied_heads(adapters, layers)
     for path in paths:
+        if path in tied:
+            continue
         options = Options(
             random=_generators(seed, path),
             rank=svd_rank,
@@ -102,6 +106,9 @@ def combine(
             majority_sign_method=majority_sign_method,
         )
         combined[path] = _combined(path, parts[path], method, options)
+    for path, embedding in tied.items():
+        found = combined[embedding]
+        combined[path] = found._replace(A=found.B.mT, B=found.A.mT)
     combined = _of_even_rank(combined, parts)
 
     with_bias = any(a.config.lora_bias for a in adapters)

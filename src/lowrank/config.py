@@ -219,7 +219,8 @@ class LoraConfig(PeftConfig):
     modules_to_save: modules trained and saved whole, beside the adapter.
     trainable_token_indices: tokens whose rows of the input embedding are trained and saved; or a dictionary,
         {name of an embedding or output head: tokens}. What is tied to the input embedding follows it.
-    ensure_weight_tying: modules_to_save and trainable_token_indices keep tied embeddings tied, also when merged.
+    ensure_weight_tying: what modules_to_save, trainable_token_indices and target_modules train of tied embeddings stays
+        tied, also when merged; LoRA on one of them is one adapter for all.
     layer_replication: [[start, end), ...]: these layers, one range after another, make a deeper model, whose copies
         share the base's weights and have adapters of their own.
     rank_pattern, alpha_pattern: other r and lora_alpha for the module paths that a key matches (a suffix

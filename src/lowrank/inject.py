@@ -69,6 +69,8 @@ def inject(
         place = _find(model, target.module_path)
         make_layer = partial(LoraLayer, kind=target.kind, routing=routing)
         layer: Any = _layer_of(place, target.kind.weight) or _wrap(references, place, make_layer)
+        if target.tied_to is not None:
+            continue
         layer.add_adapter(
             name,
             r=target.r,
@@ -81,6 +83,15 @@ def inject(
             dtype=_dtype(layer.get_base_layer()._parameters[layer.kind.weight], cast_to_float32),
             meta=meta,
         )
+    for target in targets:
+        if target.tied_to is not None:
+            _find(model, target.path).tie_adapter(
+                name,
+                _find(model, target.tied_to),
+                lora_alpha=target.lora_alpha,
+                scaling=target.scaling,
+                dropout=target.dropout,
+            )
     for rows in tokens:
         make_rows = partial(TrainableTokensWrapper, kind=rows.kind, routing=routing)
         leader = _rows_at(references, _find(model, rows.path), make_rows)

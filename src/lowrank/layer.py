@@ -13,7 +13,7 @@ from torch.func import functional_call
 from lowrank.bases.kinds import EMBEDDING, EXPERTS, Kind
 from lowrank.bases.stores import Store
 from lowrank.errors import AdapterNameError, InitDataError, MergeError, ShapeError
-from lowrank.factors import Factor
+from lowrank.factors import Factor, TiedFactor
 from lowrank.init import WAITS_FOR, Init, Start, init_named, of_experts, taken_out
 from lowrank.lora import (
     Lora,
@@ -182,6 +182,23 @@ class LoraLayer(nn.Module):
                 magnitude.view(layout.magnitude_shape(weight.shape, shape))
             )
         self._set_requires_grad([name], False)
+
+    def tie_adapter(
+        self, name: str, leader: "LoraLayer", *, lora_alpha: float, scaling: float, dropout: float
+    ) -> None:
+        """A new adapter that is the embedding's of that name, transposed: this linear layer has its weight."""
+        self.lora_A[name] = TiedFactor(leader, "lora_embedding_B", name)
+        self.lora_B[name] = TiedFactor(leader, "lora_embedding_A", name)
+        self.r[name], self.lora_alpha[name] = leader.r[name], lora_alpha
+        self.scaling[name] = self._initial_scaling[name] = scaling
+        self.use_dora[name] = self.lora_bias[name] = False
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.train(self.base_layer.training)
+
+    def leader(self, name: str) -> "LoraLayer | None":
+        """The embedding's layer whose adapter this one is too (ensure_weight_tying)."""
+        factor = self.lora_A._modules.get(name)
+        return factor.leader if isinstance(factor, TiedFactor) else None
 
     def renew(self, name: str, init: Init, *, r: int, lora_alpha: float, scaling: float) -> None:
         """Puts an adapter of another rank, perhaps, in the place of this one, with the values that `init` gives.
@@ -366,7 +383,12 @@ class LoraLayer(nn.Module):
             holder.register_buffer(name, value)
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by their name within this layer, `lora_A.<name>.weight` and so on."""
+        """The adapter's parameters by their name within this layer, `lora_A.<name>.weight` and so on.
+
+        None where the adapter is another layer's.
+        """
+        if self.leader(name) is not None:
+            return {}
         if self.kind.layout is EMBEDDING:
             found = {
                 f"lora_embedding_A.{name}": self.lora_embedding_A[name],

@@ -409,14 +409,7 @@ def tying_problems(
         return [
             f"ensure_weight_tying=True: nothing in this {type(model).__name__} is tied to its input embedding; leave it out."
         ]
-    lora = [path for path in tied if path in adapted]
-    if lora:
-        return [
-            f"ensure_weight_tying=True: {some(lora)} in target_modules: A and B of a tied pair are not shared here. Train "
-            "rows of it (trainable_token_indices) or all of it (modules_to_save), or set ensure_weight_tying=False: a "
-            "merge then gives the two different weights."
-        ]
-    if tied[0] not in saved and tied[0] not in by_row:
+    if tied[0] not in {*saved, *by_row, *adapted}:
         return [
             f"ensure_weight_tying=True: the adapter trains nothing of {tied[0]}, which {some(tied[1:])} "
             f"{'is' if len(tied) == 2 else 'are'} tied to; name it, or leave ensure_weight_tying out."

@@ -91,7 +91,7 @@ def get_peft_model_state_dict(
     found = {key: _whole(state[name]) for key, name in keys.items()}
     for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
         found[key] = with_rank(parameter, found[key], layer.r[adapter_name], layer.experts)
-    return found
+    return found | {key: found[source].T for key, source in _tied_keys(model, adapter_name).items()}
 
 
 def set_peft_model_state_dict(
@@ -113,6 +113,10 @@ def set_peft_model_state_dict(
     del low_cpu_mem_usage  # parameters on the meta device are always filled by assignment
     keys = adapter_keys(model, adapter_name)
     tensors = {key: t for key, t in peft_model_state_dict.items() if not _redundant(key)}
+    for key, source in _tied_keys(model, adapter_name).items():
+        copy = tensors.pop(key, None)
+        if copy is not None and source in tensors and not torch.equal(copy.T, tensors[source]):
+            raise AdapterMismatchError(_different_values(key, source))
     optional = {name: name for name in embedding_keys(model, adapter_name)}
     missing = [key for key in keys if key not in tensors]
     unexpected = [key for key in tensors if key not in keys and key not in optional]
@@ -224,10 +228,27 @@ def _check_shared(
             continue
         other = first.setdefault(id(parameters[name]), key)
         if other != key and not torch.equal(tensors[other], tensors[key]):
-            raise AdapterMismatchError(
-                f"The file has different values for {_short(other)} and {_short(key)}, which ensure_weight_tying=True "
-                "makes one tensor. Set it to False in the adapter's configuration to load both."
-            )
+            raise AdapterMismatchError(_different_values(other, key))
+
+
+def _different_values(key: str, other: str) -> str:
+    return (
+        f"The file has different values for {_short(key)} and {_short(other)}, which ensure_weight_tying=True "
+        "makes one tensor. Set it to False in the adapter's configuration to load both."
+    )
+
+
+def _tied_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """For the keys that PEFT's files have for a head whose adapter is its embedding's, the embedding's; transposed."""
+    layers = {id(layer): path for path, layer in lora_layers(model)}
+    found = {}
+    for path, layer in lora_layers(model):
+        leader = layer.leader(adapter_name)
+        if leader is not None:
+            source = layers[id(leader)]
+            found[f"{path}.lora_A.weight"] = f"{source}.lora_embedding_B"
+            found[f"{path}.lora_B.weight"] = f"{source}.lora_embedding_A"
+    return found
 
 
 def embedding_keys(model: nn.Module, adapter_name: str) -> list[str]:

@@ -65,6 +65,7 @@ class Target:
     bytes: int  # of its parameters in float32
     experts: int = 1  # how many (out, in) matrices it adapts: those of a fused mixture of experts
     parameter: str | None = None  # the parameter's name in its module, if the path ends in that
+    tied_to: str | None = None  # the path of the embedding whose adapter it has, transposed
 
     @property
     def module_path(self) -> str:
@@ -89,6 +90,11 @@ def _plan(model: nn.Module, config: LoraConfig) -> list[Target]:
     saved, saved_problems = saved_paths(model, modules, config)
     problems += saved_problems
     wanted = matched(model, modules, config, saved, problems)
+    leader, *followers = tied_together(model, modules, config) or [""]
+    if {leader, *followers} & {*wanted}:
+        wanted = [
+            p for p in (*modules, *parameters_of(modules)) if p in {*wanted, leader, *followers}
+        ]
     kept_whole = inside_saved_modules(model)
     parameters = parameters_of(modules)
     adapted = {
@@ -126,6 +132,10 @@ def _plan(model: nn.Module, config: LoraConfig) -> list[Target]:
             refused.setdefault(reason, []).append(path)
         if target:
             targets[key] = target
+    for target in list(targets.values()):
+        if target.path in followers:
+            first = next((t for t in targets.values() if t.path == leader), None)
+            targets[id(modules[target.path]), ""] = _follower(target, first, config, refused)
     problems += [f"{some(paths)}: {reason}" for reason, paths in refused.items()]
     problems += pattern_problems(config, wanted)
     rows, row_problems = token_targets(model, modules, config, saved, wanted)
@@ -260,6 +270,30 @@ def _target(
         parameter=parameter,
     )
     return target, reasons
+
+
+def _follower(
+    target: Target, leader: Target | None, config: LoraConfig, refused: dict[str, list[str]]
+) -> Target:
+    """The target of a module that is tied to the input embedding; adds to `refused` why its adapter cannot be."""
+    if leader is None:
+        return target
+    reason = ""
+    if (
+        leader.kind.op is None
+        or leader.kind.layout is not EMBEDDING
+        or target.kind.op is not LINEAR
+    ):
+        reason = "its adapter cannot be that of the embedding it is tied to; both must be ordinary layers"
+    elif config.use_dora:
+        reason = "DoRA normalises the rows of one of a tied pair, and the columns of the other"
+    elif taken_out(config.init_lora_weights):
+        reason = f"a start taken out of W (init_lora_weights={config.init_lora_weights!r}) is not shared by a tied pair"
+    elif (target.r, target.lora_alpha) != (leader.r, leader.lora_alpha):
+        reason = f"its rank and alpha are not those of {leader.path}, whose adapter it has"
+    if reason:
+        refused.setdefault(f"{reason} (ensure_weight_tying=True).", []).append(target.path)
+    return replace(target, tied_to=leader.path, params=0, bytes=0)
 
 
 def _clashes(kind: Kind, adapted: list[Kind], here: list[Kind]) -> list[str]:

@@ -22,6 +22,7 @@ def merge_all(model: nn.Module, adapter_names: Sequence[str] | None = None) -> N
     names = None if adapter_names is None else [*dict.fromkeys(adapter_names)]
     _check_mergeable(model, names)
     before = [(layer, list(layer.merged_adapters)) for _, layer in mergeable(model)]
+    pairs = _tied_layers(model)
     try:
         for path, layer in mergeable(model):
             try:
@@ -34,6 +35,7 @@ def merge_all(model: nn.Module, adapter_names: Sequence[str] | None = None) -> N
                 layer.unmerge()
                 layer.merge(adapter_names=merged)
         raise
+    _keep_tied(pairs)
 
 
 def unmerge_all(model: nn.Module) -> None:
@@ -83,6 +85,7 @@ def unload(
 
 
 def _merge_for_good(model: nn.Module, names: list[str] | None) -> None:
+    pairs = _tied_layers(model)
     for done, (path, layer) in enumerate(mergeable(model)):
         try:
             layer.merge(adapter_names=names)
@@ -92,6 +95,7 @@ def _merge_for_good(model: nn.Module, names: list[str] | None) -> None:
             )
             raise MergeError(f"{path}: {error}{advice if done else ''}") from error
         layer.forget_unmerged()
+    _keep_tied(pairs)
 
 
 def _check_mergeable(model: nn.Module, names: list[str] | None) -> None:
@@ -114,6 +118,25 @@ def _check_mergeable(model: nn.Module, names: list[str] | None) -> None:
                     raise MergeError(
                         f"{path}.{key} has NaN or infinity in it; the base is untouched."
                     )
+
+
+def _tied_layers(model: nn.Module) -> list[tuple[LoraLayer, LoraLayer]]:
+    """The (embedding, head) that share a weight, and may share adapters."""
+    pairs = []
+    for _, head in lora_layers(model):
+        leader = next((found for n in head.r if (found := head.leader(n)) is not None), None)
+        if leader is not None and leader.unmerged_parameter() is head.unmerged_parameter():
+            pairs.append((leader, head))
+    return pairs
+
+
+def _keep_tied(pairs: list[tuple[LoraLayer, LoraLayer]]) -> None:
+    """Gives the heads the merged weight of their embedding, as one tensor, where the same was merged into both."""
+    for embedding, head in pairs:
+        names = head.merged_adapters
+        if names and set(names) == set(embedding.merged_adapters) and all(map(head.leader, names)):
+            merged = embedding.get_base_layer()._parameters[embedding.kind.weight]
+            head.get_base_layer()._parameters[head.kind.weight] = merged
 
 
 # --- tied embeddings ------------------------------------------------------------------------------
@@ -177,6 +200,8 @@ def _comes_apart(model: nn.Module, tied: set[int], names: list[str] | None) -> b
             and {id(wrapper), id(wrapper.leader)} == tied
         ):
             return False
+        if isinstance(wrapper, LoraLayer) and _alike(wrapper, tied, wanted):
+            return False
         changed.add(id(wrapper))
         if isinstance(wrapper, ModulesToSaveWrapper) and id(wrapper) in tied:
             copies |= {
@@ -186,6 +211,16 @@ def _comes_apart(model: nn.Module, tied: set[int], names: list[str] | None) -> b
         if isinstance(wrapper, ModulesToSaveWrapper):
             changed |= {id(module) for module in wrapper.original_module.modules()}
     return not tied.isdisjoint(changed) and not (shared == len(tied) and len(copies) == 1)
+
+
+def _alike(head: LoraLayer, tied: set[int], wanted: Sequence[str]) -> bool:
+    """Whether the adapters to be merged into a head, and those already in it, are all its embedding's too."""
+    names = {n for n in (*wanted, *head.merged_adapters) if n in head.r}
+    leaders = {id(head.leader(name)) for name in names}
+    leader = next((head.leader(name) for name in names), None)
+    if leader is None or len(leaders) > 1 or {id(head), id(leader)} != tied:
+        return False
+    return names == {n for n in (*wanted, *leader.merged_adapters) if n in leader.r}
 
 
 def refuse_to_untie(model: nn.Module) -> None:
