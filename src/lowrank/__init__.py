@@ -36,6 +36,7 @@ _PUBLIC = {
     "PeftModelForSequenceClassification": "peft",
     "PeftModelForTokenClassification": "peft",
     "PeftType": "config",
+    "Quantisation": "quantisation",
     "Target": "targets",
     "TaskType": "task_types",
     "cast_mixed_precision_params": "functional",
@@ -61,6 +62,7 @@ _PUBLIC = {
     "prepare_model_for_kbit_training": "preparing",
     "preprocess_corda": "calibration.corda",
     "preprocess_loraga": "calibration.lora_ga",
+    "quantise_model": "quantising",
     "read_adapter": "adapter_file",
     "rows": "lora_model",
     "set_base_model_state_dict": "state",
@@ -122,6 +124,8 @@ if TYPE_CHECKING:
     )
     from lowrank.peft_speedup import speedup, undo_speedup
     from lowrank.preparing import prepare_model_for_kbit_training
+    from lowrank.quantisation import Quantisation
+    from lowrank.quantising import quantise_model
     from lowrank.state import (
         get_base_model_state_dict,
         get_peft_model_state_dict,

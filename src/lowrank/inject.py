@@ -5,8 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lowrank.bases.bitsandbytes_layers import keep_all_unpacked
 from lowrank.errors import AdapterNameError
 from lowrank.init import Init, taken_out
 from lowrank.layer import LoraLayer
@@ -47,6 +48,7 @@ def inject(
     """
     check_name(model, name)
     freeze_base(model)
+    keep_all_unpacked(model)
     references = _references(model)
     routing = next((module.routing for _, module in wrappers(model)), Routing())
     if invocation is not None:
@@ -80,7 +82,7 @@ def inject(
             use_dora="dora" in target.method,
             lora_bias=target.lora_bias,
             init=(inits or {}).get(target.path, init),
-            dtype=_dtype(layer.get_base_layer()._parameters[layer.kind.weight], cast_to_float32),
+            dtype=_dtype(layer.kind.store(layer.get_base_layer()).dtype, cast_to_float32),
             meta=meta,
         )
     for target in targets:
@@ -95,7 +97,9 @@ def inject(
     for rows in tokens:
         make_rows = partial(TrainableTokensWrapper, kind=rows.kind, routing=routing)
         leader = _rows_at(references, _find(model, rows.path), make_rows)
-        leader.add_adapter(name, rows.indices, _dtype(leader.unmerged_weight(), cast_to_float32))
+        leader.add_adapter(
+            name, rows.indices, _dtype(leader.unmerged_weight().dtype, cast_to_float32)
+        )
         for path, kind in rows.tied.items():
             make = partial(TrainableTokensWrapper, kind=kind, routing=routing, leader=leader)
             _rows_at(references, _find(model, path), make)
@@ -103,9 +107,9 @@ def inject(
         parameter.requires_grad_(True)
 
 
-def _dtype(weight: Tensor, cast_to_float32: bool) -> torch.dtype | None:
+def _dtype(dtype: torch.dtype, cast_to_float32: bool) -> torch.dtype | None:
     """float32 beside a 16-bit weight, if so wished; None: the weight's own."""
-    low = weight.dtype in (torch.float16, torch.bfloat16)
+    low = dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if cast_to_float32 and low else None
 
 

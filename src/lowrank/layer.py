@@ -142,18 +142,21 @@ class LoraLayer(nn.Module):
             raise AdapterNameError(f"This layer already has an adapter named {name!r}.")
         layout = self.kind.layout
         base = self.get_base_layer()
-        weight = base.get_parameter(self.kind.weight)
-        shape = self.kind.shape(base)
+        store, shape = self._store, self.kind.shape(base)
+        weight = store.parameter
+        held = (
+            weight.shape if store.exact else torch.Size(shape)
+        )  # the form in which W is registered
         device = torch.device("meta") if meta else weight.device
-        dtype = dtype or weight.dtype
+        dtype = dtype or store.dtype
         empty = weight.device.type == "meta" or (
             meta and not callable(init) and not taken_out(init)
         )
         start = self._empty_start(init, r) if empty else self._start(init, r, scaling)
         A = layout.A_saved(start.A).to(device, dtype)
-        A = A.reshape(layout.A_shape(weight.shape, shape, r)).contiguous()
+        A = A.reshape(layout.A_shape(held, shape, r)).contiguous()
         B = layout.B_saved(start.B).to(device, dtype)
-        B = B.reshape(layout.B_shape(weight.shape, shape, r)).contiguous()
+        B = B.reshape(layout.B_shape(held, shape, r)).contiguous()
         if layout is EMBEDDING:
             self.lora_embedding_A[name] = nn.Parameter(A)
             self.lora_embedding_B[name] = nn.Parameter(B)
@@ -169,8 +172,8 @@ class LoraLayer(nn.Module):
         if not callable(init) and init in WAITS_FOR:
             self.waiting[name] = WAITS_FOR[init]
         if start.base is not None and weight.device.type != "meta":
-            self._set_aside = (self._store.snapshot(),)
-            self._store.write(start.base)
+            self._set_aside = (store.snapshot(),)
+            store.write(start.base)
         if start.taken_out:
             self._set_start(name, start)
         if use_dora:
@@ -179,7 +182,7 @@ class LoraLayer(nn.Module):
                 with torch.no_grad():
                     magnitude = initial_magnitude(self.unmerged_weight(), self.lora(name)).to(dtype)
             self.lora_magnitude_vector[name] = Factor(
-                magnitude.view(layout.magnitude_shape(weight.shape, shape))
+                magnitude.view(layout.magnitude_shape(held, shape))
             )
         self._set_requires_grad([name], False)
 
@@ -377,7 +380,7 @@ class LoraLayer(nn.Module):
                 raise ShapeError(
                     f"A start of shape {tuple(tensor.shape)} does not fit a factor of {tuple(parameter.shape)}."
                 )
-            device = self.unmerged_weight().device
+            device = self.unmerged_parameter().device
             value = tensor.detach().to(device, parameter.dtype, copy=True)
             value = value.reshape(parameter.shape)
             holder.register_buffer(name, value)
@@ -498,9 +501,10 @@ class LoraLayer(nn.Module):
 
     def scale_by_tensor(self, name: str) -> None:
         """From now on the scaling is a tensor (), which compiled code reads anew in each forward."""
-        weight = self.base_layer.get_parameter(self.kind.weight)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.scaling[name] = torch.as_tensor(self.scaling[name], dtype=dtype, device=weight.device)
+        store = self._store
+        dtype = torch.promote_types(store.dtype, torch.float32)
+        device = store.parameter.device
+        self.scaling[name] = torch.as_tensor(self.scaling[name], dtype=dtype, device=device)
 
     def describe(self, name: str, r: int, lora_alpha: float, scaling: float) -> None:
         """Other numbers for an adapter whose tensors are being replaced."""
@@ -589,6 +593,8 @@ class LoraLayer(nn.Module):
             )
         if self._disabled:
             raise MergeError("The adapters are disabled: enable_adapter_layers() before merging.")
+        if self._store.read_only:
+            raise MergeError(self._store.read_only)
         left = [name for name in self._active if name in self.r and name not in names]
         if any(self.use_dora[name] for name in left):
             raise MergeError(
@@ -609,9 +615,13 @@ class LoraLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraLayer":
         """`.to()` and the like also take along what `unmerge` will put back."""
         super()._apply(fn, recurse)
-        for saved in (*(self._unmerged or ()), *self._set_aside):
-            if isinstance(saved, nn.Parameter):
-                saved.data = fn(saved.data)
+        store = self._store
+        self._set_aside = tuple(store.moved(saved, fn) for saved in self._set_aside)
+        if self._unmerged is not None:
+            weight, bias = self._unmerged
+            if bias is not None:
+                bias.data = fn(bias.data)
+            self._unmerged = store.moved(weight, fn), bias
         for name, scaling in self.scaling.items():
             if isinstance(scaling, Tensor):
                 self.scaling[name] = scaling.to(fn(scaling).device)
@@ -653,10 +663,10 @@ class LoraLayer(nn.Module):
         return found
 
     def unmerged_parameter(self) -> Tensor:
-        """The parameter that holds `unmerged_weight()`, or the snapshot of it while something is merged."""
-        if self._unmerged is not None:
-            return self._unmerged[0]
-        return self.base_layer.get_parameter(self.kind.weight)
+        """The tensor that holds `unmerged_weight()`, or the snapshot of it while something is merged."""
+        store = self._store
+        merged = self._unmerged is not None
+        return store.parameter_of(self._unmerged[0]) if merged else store.parameter
 
     def unmerged_weight(self) -> Tensor:
         """W (out, in) without any adapter in it; under LoftQ the quantised one, on which its adapter stands."""

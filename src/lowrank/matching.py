@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.architectures import BYPASSED, DEFAULT_TARGETS
-from lowrank.bases.kinds import is_transposed_linear, kind_of, kind_of_parameter
+from lowrank.bases.kinds import is_quantised, is_transposed_linear, kind_of, kind_of_parameter
 from lowrank.config import LoraConfig
 from lowrank.errors import did_you_mean, nearest
 from lowrank.layer import LoraLayer
@@ -265,10 +265,12 @@ def _all_linear(
     return [
         path
         for path in candidates
-        if (isinstance(modules[path], nn.Linear) or is_transposed_linear(modules[path]))
-        and id(modules[path]) not in heads
-        and path not in head_names
+        if _is_linear(modules[path]) and id(modules[path]) not in heads and path not in head_names
     ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed_linear(module) or is_quantised(module)
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -15,6 +15,7 @@ from lowrank import functional
 from lowrank.adapter_file import write_adapter
 from lowrank.adding import add_to_model
 from lowrank.alora import activated
+from lowrank.bases.kinds import count_parameters
 from lowrank.card import write_card
 from lowrank.compat import ensure_recognised
 from lowrank.config import LoraConfig
@@ -253,9 +254,8 @@ class PeftModel(nn.Module):
         functional.set_requires_grad(self, adapter_names, requires_grad)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters, adapters counted in both."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+        """(trainable, all) parameters, adapters counted in both; of a quantised weight all that it stands for."""
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Prints one line: trainable parameters, all parameters, and the share in per cent."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowrank.errors import ConfigError, did_you_mean
 
-FORMATS = ("nf4", "fp4", "int8", "int4", "int3", "int2", "nf2")
+FORMATS = ("nf4", "fp4", "int8", "int4", "int3", "int2", "int1", "nf2", "fp8")
 BACKENDS = ("lowrank", "bitsandbytes", "torchao", "hqq", "gptq", "awq")
 
 
@@ -15,7 +15,7 @@ class Quantisation:
     """How the weights of a base are rounded: what an adapter's file names.
 
     format: "nf4" (QLoRA, Dettmers et al. 2023, §3), "fp4", "int8" (LLM.int8's weights, Dettmers et al. 2022),
-    "int4" and fewer, "nf2" (LoftQ's). backend: whose bytes hold them. Two quantisations that differ in the backend alone may stand for
+    "int4" and fewer, "nf2" (LoftQ's), "fp8". backend: whose bytes hold them. Two quantisations that differ in the backend alone may stand for
     the same numbers: see `rounding`. Raises ConfigError for a name that is neither.
     """
 
@@ -41,9 +41,13 @@ class Quantisation:
         return int(self.format[-1])
 
     @property
-    def rounding(self) -> tuple[str, int | None, bool]:
-        """What decides the numbers, whoever holds them."""
-        return self.format, self.block_size, self.double
+    def rounding(self) -> tuple[str, int | None, bool, str]:
+        """What decides the numbers: two quantisations that agree in it stand for the same ones.
+
+        lowrank's bytes are bitsandbytes'; any other back end rounds in a way of its own.
+        """
+        whose = "bitsandbytes" if self.backend == "lowrank" else self.backend
+        return self.format, self.block_size, self.double, whose
 
     def __str__(self) -> str:
         """In words: "nf4 in blocks of 64, doubly quantised (bitsandbytes)"."""

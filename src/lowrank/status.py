@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lowrank.bases.kinds import count_parameters
 from lowrank.layer import LoraLayer
 from lowrank.wrappers import Wrapper, wrappers
 
@@ -65,13 +66,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         set(layer.available_adapters) & set(merged) != set(layer.merged_adapters)
         for layer in layers
     )
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trainable, everything = count_parameters(model)
     return TunerModelStatus(
         base_model_type=type(base).__name__,
         adapter_model_type=type(model.base_model).__name__ if wrapped else "None",
         peft_types={name: config.peft_type.value for name, config in configs.items()},
-        trainable_params=sum(n for n, trainable in sizes if trainable),
-        total_params=sum(n for n, _ in sizes),
+        trainable_params=trainable,
+        total_params=everything,
         num_adapter_layers=len(layers),
         enabled=_common((layer.enabled for layer in layers), none=True),
         active_adapters=_common((layer.active_adapters for layer in layers), none=[]),

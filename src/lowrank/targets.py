@@ -12,6 +12,7 @@ from lowrank.bases.kinds import (
     KINDS,
     Kind,
     is_bare,
+    is_quantised,
     is_transposed_linear,
     kind_of,
     kind_of_parameter,
@@ -231,7 +232,9 @@ def _target(
     lora_alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
     out, in_ = kind.shape(module)
     reasons = [reason for applies, reason in _REFUSALS if applies(kind, module, config, r)]
-    if config.init_lora_weights == "loftq" and _is_shared(module, kind, modules):
+    store = kind.store(module)
+    reasons += filter(None, [store.refusal(trained=not config.inference_mode)])
+    if config.init_lora_weights == "loftq" and store.exact and _is_shared(module, kind, modules):
         reasons.append(
             "its weight is another module's too, which quantising would untie; leave it out."
         )
@@ -396,6 +399,24 @@ _REFUSALS: list[tuple[Callable[[Kind, nn.Module, LoraConfig, int], bool], str]] 
             config.init_lora_weights == "eva" and r > kind.shape(module)[1]
         ),
         'init_lora_weights="eva" needs r ≤ in: lower r for it (rank_pattern), or leave it out.',
+    ),
+    (
+        lambda kind, module, config, r: is_quantised(module) and kind.weight_taken,
+        "its module takes this layer's weight and computes with it, which works with no weight in few bits: leave it out.",
+    ),
+    (
+        lambda kind, module, config, r: (
+            is_quantised(module) and config.init_lora_weights == "loftq"
+        ),
+        'its weight is quantised already, and what init_lora_weights="loftq" makes up for is gone: load the base in 16 '
+        "bits, or start another way and call replace_lora_weights_loftq(model), which reads the original from its files.",
+    ),
+    (
+        lambda kind, module, config, r: (
+            is_quantised(module) and config.init_lora_weights == "lora_ga"
+        ),
+        'init_lora_weights="lora_ga" needs the gradient of W, which a weight in few bits has not: start on the 16-bit '
+        "base, or another way.",
     ),
     (
         lambda kind, module, config, r: (

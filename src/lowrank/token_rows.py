@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lowrank.bases.kinds import Kind, is_transposed_linear, kind_of
+from lowrank.bases.kinds import Kind, is_quantised, is_transposed_linear, kind_of
 from lowrank.config import LoraConfig
 from lowrank.errors import did_you_mean
 from lowrank.layer import LoraLayer
@@ -134,6 +134,8 @@ def _why_not(
     if any(layer.base_layer is module for layer in model.modules() if isinstance(layer, LoraLayer)):
         return "another adapter adapts it with LoRA."
     weight = module._parameters.get("weight")
+    if is_quantised(module):
+        return "its rows are in few bits, and cannot be trained; leave it out of what is quantised."
     if kind is None or kind.weight != "weight" or weight is None or weight.ndim != 2:
         return f"{type(module).__name__} has no weight with a row for each token."
     if is_transposed_linear(module):

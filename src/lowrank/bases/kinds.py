@@ -8,7 +8,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowrank.bases import ops, stores
 from lowrank.bases.ops import Op
+from lowrank.bases.quantised import BACKENDS, Backend, QuantisedStore
 from lowrank.bases.stores import Store
+from lowrank.quantisation import Quantisation
 
 
 class Layout(NamedTuple):
@@ -49,12 +51,12 @@ class Kind(NamedTuple):
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """(out, in) of the module's weight in matrix form; of one expert's, where it holds several."""
-        *_, out, in_ = self.store(module).read().shape
+        *_, out, in_ = self.store(module).shape
         return out, in_
 
     def experts(self, module: nn.Module) -> int:
         """How many such matrices the weight holds: 1, but for fused experts."""
-        return self.store(module).read().shape[:-2].numel()
+        return self.store(module).shape[:-2].numel()
 
     def __reduce__(self) -> tuple:
         """A copied or pickled layer refers to the same row: functions do not pickle, and rows are compared."""
@@ -62,7 +64,7 @@ class Kind(NamedTuple):
 
 
 def _row(name: str, weight_taken: bool, weight: str) -> Kind:
-    row = next(kind for kind in (*KINDS, TRANSPOSED, *PARAMETERS) if kind.name == name)
+    row = next(kind for kind in (*KINDS, *QUANTISED, TRANSPOSED, *PARAMETERS) if kind.name == name)
     same = (row.weight_taken, row.weight) == (weight_taken, weight)
     return row if same else row._replace(weight_taken=weight_taken, weight=weight)
 
@@ -186,15 +188,62 @@ KINDS: list[Kind] = [
 TRANSPOSED = KINDS[-1]._replace(name="any module with a transposed weight", hold=stores.transposed)
 
 
+def _quantised(backend: Backend) -> Kind:
+    def hold(module: nn.Module, name: str) -> Store:
+        return QuantisedStore(module, backend)
+
+    return Kind(backend.name, backend.matches, backend.weight, "bias", hold, ops.LINEAR, MATRIX)
+
+
+# Linear layers in few bits, looked through before the others.
+QUANTISED: list[Kind] = [_quantised(backend) for backend in BACKENDS]
+
+
+def quantisation_of(module: nn.Module) -> Quantisation | None:
+    """How the layer's weight is rounded; None if it is no quantised layer."""
+    kind = _quantised_kind(module)
+    return None if kind is None else kind.store(module).quantisation
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is a linear layer in few bits."""
+    return _quantised_kind(module) is not None
+
+
+def _quantised_kind(module: nn.Module) -> Kind | None:
+    return next((kind for kind in QUANTISED if kind.matches(module)), None)
+
+
+def packed_sizes(model: nn.Module) -> dict[int, int]:
+    """The ids of the parameters that hold weights in few bits, and how many entries of W each stands for."""
+    found = {}
+    for module in model.modules():
+        kind = _quantised_kind(module)
+        if kind is not None and kind.weight in module._parameters:
+            found[id(module._parameters[kind.weight])] = kind.store(module).shape.numel()
+    return found
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) entries of the model's parameters; of a quantised weight all that it stands for."""
+    packed = packed_sizes(model)
+    sizes = [(packed.get(id(p), p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
 def kind_of(
     module: nn.Module, fan_in_fan_out: bool = False, parent: nn.Module | None = None
 ) -> Kind | None:
     """The first row that matches `module`, or None if it cannot carry an adapter.
 
     parent: the module that holds it, where it is known; some take its weight in place of calling it.
-    A weight that is not a floating-point parameter of at least two dimensions (packed, quantised,
-    parametrised, a vector) matches nothing.
+    A weight that is not a floating-point parameter of at least two dimensions (parametrised, a vector, quantised
+    by a library that is not known here) matches nothing.
     """
+    quantised = _quantised_kind(module)
+    if quantised is not None:
+        taken = isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention))
+        return quantised._replace(weight_taken=True) if taken else quantised
     for kind in KINDS:
         if kind.matches(module):
             weight = module._parameters.get(kind.weight)

@@ -100,7 +100,8 @@ class QuantisedLinear(nn.Module):
 
     @packed.setter
     def packed(self, packed: Packed) -> None:
-        self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        codes: Any = packed.codes
+        self.weight = codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, False)
         for name, tensor in zip(_SCALES, packed[1:], strict=True):
             self._buffers[name] = tensor
 

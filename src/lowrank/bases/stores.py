@@ -3,13 +3,39 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import Size, Tensor, nn
+
+from lowrank.quantisation import Quantisation
 
 
 class Store(Protocol):
     """A weight that can be read, replaced and put back."""
 
     exact: bool  # False: write() rounds beyond the dtype (4-bit, 8-bit)
+
+    @property
+    def shape(self) -> Size:
+        """W's (*expert, out, in), without reading it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of W as it is read."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """A tensor of the module that holds W, or part of it: W's device, and its changes, are this one's."""
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How W is rounded, beyond its dtype."""
+
+    @property
+    def read_only(self) -> str:
+        """Why W cannot be written, and what to do; empty if it can."""
+
+    def refusal(self, trained: bool) -> str:
+        """Why W can have no adapter, or none that is trained; empty if it can."""
 
     def read(self) -> Tensor:
         """W (*expert, out, in), a view of the stored tensor where the layout allows it."""
@@ -29,6 +55,12 @@ class Store(Protocol):
     def restore(self, saved: Any) -> None:
         """Puts a snapshot back: every bit is as it was."""
 
+    def parameter_of(self, saved: Any) -> Tensor:
+        """What `parameter` was when the snapshot was taken."""
+
+    def moved(self, saved: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+        """The snapshot after `.to()` and the like, which gives `fn`."""
+
 
 class ParameterStore:
     """A weight kept as one floating-point parameter of the module.
@@ -39,6 +71,8 @@ class ParameterStore:
     """
 
     exact = True
+    quantisation = None
+    read_only = ""
 
     def __init__(
         self,
@@ -50,25 +84,47 @@ class ParameterStore:
         self.module, self.name = module, name
         self.to_matrix, self.from_matrix = to_matrix, from_matrix
 
+    @property
+    def shape(self) -> Size:
+        return self.read().shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.get_parameter(self.name)
+
+    def refusal(self, trained: bool) -> str:
+        return ""
+
     def read(self) -> Tensor:
-        return self.to_matrix(self.module.get_parameter(self.name))
+        return self.to_matrix(self.parameter)
 
     def shaped(self, W: Tensor) -> Tensor:
-        return self.from_matrix(W, self.module.get_parameter(self.name))
+        return self.from_matrix(W, self.parameter)
 
     def write(self, W: Tensor) -> None:
-        old = self.module.get_parameter(self.name)
+        old = self.parameter
         new = self.shaped(W.detach()).to(old.dtype).contiguous()
         self.module._parameters[self.name] = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def snapshot(self) -> nn.Parameter:
-        return self.module.get_parameter(self.name)
+        return self.parameter
 
     def read_snapshot(self, saved: nn.Parameter) -> Tensor:
         return self.to_matrix(saved)
 
     def restore(self, saved: nn.Parameter) -> None:
         self.module._parameters[self.name] = saved
+
+    def parameter_of(self, saved: nn.Parameter) -> nn.Parameter:
+        return saved
+
+    def moved(self, saved: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+        saved.data = fn(saved.data)
+        return saved
 
 
 def as_is(module: nn.Module, name: str) -> Store:

@@ -56,7 +56,7 @@ def preprocess_corda(
         if options.cache_file is not None:
             write_file(options.cache_file, _named(eigens))
     for path, place in places.items():
-        device = place.module.get_parameter(place.kind.weight).device
+        device = place.kind.store(place.module).parameter.device
         found = CordaEigens(*(tensor.to(device) for tensor in eigens[path]))
         place.module.eigens = found  # type: ignore[assignment]
 

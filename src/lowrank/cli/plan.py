@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size(module: Any) -> int:
-    return sum(p.numel() for p in module.parameters())
+    from lowrank.bases.kinds import count_parameters
+
+    return count_parameters(module)[1]
 
 
 def _bytes(targets: list[Any], saved: dict[str, int], rows: list[Any]) -> int:

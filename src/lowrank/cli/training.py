@@ -9,6 +9,7 @@ import torch
 
 import lowrank
 from lowrank import LoraConfig
+from lowrank.bases.kinds import count_parameters
 from lowrank.cli.opening import (
     context_length,
     held_out,
@@ -97,7 +98,7 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         targets = lowrank.plan(model, config)
         model = lowrank.get_peft_model(model, config)
         model.run_settings = saved_with_adapter(settings)
-    trainable, total = count_trainable(model), sum(p.numel() for p in model.parameters())
+    trainable, total = count_trainable(model), count_parameters(model)[1]
     print(f" {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})\n")
     clear(folder, keep_checkpoints=checkpoint is not None)
     training = train_sft(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.bases.kinds import count_parameters
 from lowrank.errors import LowrankError, NotTrainableError
 from lowrank.train.encode import Encoded, pad_id, pad_right
 from lowrank.train.optimizers import transformers_name
@@ -109,7 +110,7 @@ def train_sft(
         peak_bytes=peak_bytes,
         peak_of=peak_of,
         trainable_params=trainable,
-        total_params=sum(p.numel() for p in model.parameters()),
+        total_params=count_parameters(model)[1],
     )
 
 
