@@ -37,6 +37,7 @@ _PUBLIC = {
     "PeftModelForTokenClassification": "peft",
     "PeftType": "config",
     "Quantisation": "quantisation",
+    "QuantizationConfig": "quantizer",
     "Target": "targets",
     "TaskType": "task_types",
     "cast_mixed_precision_params": "functional",
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
     from lowrank.preparing import prepare_model_for_kbit_training
     from lowrank.quantisation import Quantisation
     from lowrank.quantising import quantise_model
+    from lowrank.quantizer import QuantizationConfig
     from lowrank.state import (
         get_base_model_state_dict,
         get_peft_model_state_dict,
