@@ -447,7 +447,12 @@ class LoraLayer(nn.Module):
                 parameter.requires_grad_(requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Disabled, the layer is its base layer. What was merged is taken out, and put back when enabled."""
+        """Disabled, the layer is its base layer. What was merged is taken out, and put back when enabled.
+
+        Enabled, it enables the copies of modules_to_save too, which transformers' `model.enable_adapters` forgets.
+        """
+        while enabled and self.routing.disabled_copies:
+            self.routing.disabled_copies[-1].enable_adapters(True)
         if enabled == (not self._disabled):
             return
         self._disabled = not enabled

@@ -22,6 +22,8 @@ class Routing:
     def __init__(self) -> None:
         self.names: tuple[str, ...] | None = None
         self.cache: dict[Any, Any] = {}
+        # saved modules that were disabled; transformers enables LoRA layers alone, and they enable these
+        self.disabled_copies: list[Any] = []
         # activated LoRA: by adapter, its invocation tokens; where it starts in each row of this forward;
         # where the forward's positions end, and how many they are; the output whose backward is to come
         self.invocations: dict[str, tuple[int, ...]] = {}

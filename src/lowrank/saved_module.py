@@ -144,6 +144,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             del self.modules_to_save[name]
             self._active = [active for active in self._active if active != name]
 
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        off = self.routing.disabled_copies
+        off[:] = [other for other in off if other is not self] + ([] if enabled else [self])
+
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.modules_to_save:
             return {}

@@ -72,7 +72,8 @@ def test_dora_and_whole_modules_through_transformers_own_loading(ours):
 
 def test_two_adapters_that_save_the_same_module(ours):
     found = ours["switched"]
-    assert found["first again"] == found["first"] != found["second"]
+    assert found["first again"] == found["enabled"] == found["first"] != found["second"]
+    assert found["disabled"] == ours["mixin"]["plain"]
 
 
 def test_sft_trainer(ours):

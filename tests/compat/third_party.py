@@ -143,7 +143,11 @@ def switched(folder):
         model.add_adapter(config, adapter_name=name)
         seen[name] = logits(filled(model, seed))
     model.set_adapter("first")
-    return {**seen, "first again": logits(model)}
+    again = logits(model)
+    model.disable_adapters()
+    disabled = logits(model)
+    model.enable_adapters()
+    return {**seen, "first again": again, "disabled": disabled, "enabled": logits(model)}
 
 
 def whole(folder):
