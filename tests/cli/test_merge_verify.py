@@ -34,10 +34,8 @@ def test_merge_then_verify(folders, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": " ".join(WORDS[i : i + 3]), "completion": WORDS[i + 4]} for i in range(3)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    file = tmp_path / "result.json"
-    assert call("verify", base, adapter, out, "--data", data, "--json", file) == 0
-    assert "perplexity" in capsys.readouterr().out
-    result = json.loads(file.read_text())
+    assert call("verify", base, adapter, out, "--data", data, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
     assert result["passed"] is True
     assert result["outputs"]["inputs"] == 3
     assert result["outputs"]["perplexity_merged"] == pytest.approx(
@@ -52,7 +50,7 @@ def test_a_wrong_merge_ends_with_1(folders, capsys, monkeypatch):
     assert "PASSED" not in capsys.readouterr().out
     W, M = tensors_of(base), tensors_of(out)
     rewrite(out, {name: W[name] + 0.89 * (M[name] - W[name]) for name in M})
-    assert call("verify", base, adapter, out, "--json", "-") == 1
+    assert call("verify", base, adapter, out, "--json") == 1
     result = json.loads(capsys.readouterr().out)
     assert result["passed"] is False
     assert "0.890 times the adapter's change" in result["reasons"][0]
@@ -78,10 +76,8 @@ def test_a_merge_that_rounds_too_much_ends_with_1(folders, capsys, monkeypatch):
         (["verify", "ADAPTER", "BASE", "--tolerance", "7"], "7 is not a share between 0 and 1"),
         (["verify", "ADAPTER", "BASE", "--tolerance", "a"], "a is not a share between 0 and 1"),
         (["verify", "ADAPTER", "BASE", "--data", "OUT"], "no such file"),
-        (["verify", "ADAPTER", "BASE", "--json", "OUT/x.json"], "there is no folder"),
         (["merge", "ADAPTER", "OUT", "--data", "none.jsonl"], "no such file"),
-        (["merge", "ADAPTER", "OUT", "--json", "OUT/none/x.json"], "there is no folder"),
-        (["merge", "ADAPTER", "OUT", "--no-verify", "--json", "x.json"], "--no-verify leaves out"),
+        (["merge", "ADAPTER", "OUT", "--no-verify", "--json"], "--no-verify leaves out"),
         (["merge", "BROKEN", "OUT"], "adapter_config.json is not valid JSON"),
         (
             ["merge", "BASE", "UNKNOWN", "OUT"],

@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         covariances=covariances,
     )
-    text.show(text.merged(written), sys.stderr if args.json == "-" else None)
+    text.show(text.merged(written), sys.stderr if args.json else None)
     if args.no_verify:
         return 0
-    if args.json != "-":
+    if not args.json:
         print()
     return verify_and_show(base, args.adapter, args.out, args, inputs)

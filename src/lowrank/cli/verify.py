@@ -40,7 +40,7 @@ def add_evidence(parser: argparse.ArgumentParser) -> None:
         metavar="JSONL",
         help="compare on these rows, with perplexities; or embedded:NAME, its test part",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the whole result here; - prints it")
+    parser.add_argument("--json", action="store_true", help="print the whole result as JSON")
     parser.add_argument(
         "--tolerance",
         type=part,
@@ -71,31 +71,23 @@ def base_path(args: argparse.Namespace) -> str:
 
 
 def evidence(args: argparse.Namespace, base: str) -> list[dict[str, Any]] | None:
-    """The inputs to compare on, if --data names any; whatever cannot be read or written is said before the work."""
-    from lowrank.cli.opening import OpeningError
-
-    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
-        raise OpeningError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+    """The inputs to compare on, if --data names any; whatever cannot be read is said before the work."""
     return examples(args.data, args.adapter, base, "test") if args.data else None
 
 
 def verify_and_show(
     base: str, adapter: str, merged: str, args: argparse.Namespace, inputs: Any
 ) -> int:
-    """Verify, print or write the result, and return the exit status."""
-    from lowrank.files import write_text
+    """Verify, print the result, and return the exit status."""
     from lowrank.report import text
     from lowrank.report.data import to_json
     from lowrank.verify import verify
 
     result = verify(base, adapter, merged, inputs=inputs, tolerance=args.tolerance)
-    written = json.dumps(to_json(result), indent=2, ensure_ascii=False)
-    if args.json == "-":
-        print(written)
+    if args.json:
+        print(json.dumps(to_json(result), indent=2, ensure_ascii=False))
     else:
         text.show(text.verification(result))
-        if args.json:
-            write_text(Path(args.json), written + "\n")
     return 0 if result.passed else 1
 
 
