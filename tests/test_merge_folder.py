@@ -341,7 +341,7 @@ def test_shards_stay_as_the_base_has_them(tmp_path):
 
 def test_rows_in_blocks(tmp_path, monkeypatch):
     """Blocks that do not divide the rows, in several workers, for every way that a weight is held."""
-    monkeypatch.setattr("lowrank.merge_files._BLOCK", 100)
+    monkeypatch.setattr("lowrank.merge_blocks._CACHE", 1200)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for name, fields in (("lora", {}), ("dora", {"use_dora": True})):
         base = write_base(tiny.gpt2(), tmp_path / name / "base", tokenizer=False)
@@ -359,6 +359,33 @@ def test_rows_in_blocks(tmp_path, monkeypatch):
             torch.testing.assert_close(
                 merged.state_dict()[key].double(), exact, atol=1e-7, rtol=1e-7
             )
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_bfloat16_in_blocks(tmp_path, monkeypatch, in_place):
+    """The nearest value in bfloat16, whichever way the sum is taken; transposed weights too."""
+    monkeypatch.setattr("lowrank.merge_blocks._CACHE", 500)
+    monkeypatch.setattr("lowrank.merge_blocks.adds_bfloat16", lambda: in_place)
+    base = write_base(tiny.gpt2(), tmp_path / "base", torch.bfloat16, tokenizer=False)
+    adapter = write_adapter_for(
+        base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["c_attn", "c_proj"]
+    )
+    result = merge_to_folder(base, adapter, tmp_path / "out")
+    assert result.built is None
+    truth = merged_by_hand(
+        load_model(base, "CAUSAL_LM", dtype=torch.float32).model, tensors_of(adapter), 5 / 3
+    )
+    merged = load_model(tmp_path / "out", "CAUSAL_LM").model.state_dict()
+    noise = change = 0.0
+    before = load_model(base, "CAUSAL_LM", dtype=torch.float32).model.state_dict()
+    for key, exact in truth.state_dict().items():
+        found, nearest = merged[key].double(), exact.bfloat16().double()
+        excess = (found - exact).abs() - (nearest - exact).abs()  # of a tie that fell the other way
+        assert excess.max() < 1e-6
+        if not torch.equal(before[key].double(), exact):
+            noise += (nearest - exact).square().sum().item()
+            change += (exact - before[key].double()).square().sum().item()
+    assert result.overall_rounding == pytest.approx((noise / change) ** 0.5, rel=0.02)
 
 
 def mixtral():

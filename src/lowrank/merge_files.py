@@ -1,17 +1,12 @@
-"""The files of a merged model, written block by block, with what rounding cost.
-
-A block is some rows of one matrix, as many as a core's cache holds: read, summed in float32, rounded, written.
-A worker holds one block, so that the memory needed is the adapter's and a few megabytes.
-"""
+"""The files of a merged model, written block by block, with what rounding cost."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,22 +16,21 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import MergeError
-from lowrank.lora import Lora, add_change_, delta_norm, unrounded_merged_weight
+from lowrank.lora import delta_norm
+from lowrank.merge_blocks import blocks
 from lowrank.merge_plan import MergePlan, Part
-from lowrank.rounding import rounded_for_inputs
 from lowrank.tensor_files import (
     DTYPES,
     Entry,
     Layout,
     copy_bytes,
     layout,
+    memory,
     opened,
-    read_bytes,
     write_bytes,
 )
 
-_BLOCK = 1 << 17  # entries: in float32 and in bfloat16 together, half of what a core's cache holds
-_MEASURED = 1 << 18  # entries of a matrix on which rounding is measured; of a smaller one all
+_MEASURED = 1 << 16  # entries of a matrix on which rounding is measured; of a smaller one all
 _WORKERS = 8
 
 
@@ -114,42 +108,23 @@ class _Job:
             entry = part.source
             copy_bytes(sources[entry.file], entry.start, entry.bytes, self.file, self.start)
             return _Result()
-        dtype = DTYPES[part.dtype]
-        # one more precision than what is written, so that the sum is rounded once
-        wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
-        total, width = math.prod(part.shape), _width(part.shape)
-        rows = max(1, _BLOCK // max(1, width))
-        if part.covariance is not None:
-            rows = max(1, _BLOCK * 64 // max(1, width))  # columns are gone through one by one
-        if part.transposed and (part.covariance is not None or _is_dora(part)):
-            rows = max(
-                1, total
-            )  # DoRA's norms, and inputs, run over what is the first dimension here
-        read = self._reader(sources, width, scratch)
-        sums = _buffer(scratch, wide, "sum", min(total, rows * width))
-        out = _buffer(scratch, dtype, "out", min(total, rows * width))
-        height = total // width if width else 0
-        step = max(1, total // _MEASURED)
-        noise = change = measured = largest = noise_out = change_out = 0.0
         C = part.covariance
-        for i, first in enumerate(range(0, height, rows)):
-            count = min(rows, height - first)
-            before = read(first, count)
-            exact = _merged(part, before, first, sums[: count * width].view(count, width))
-            rounded = out[: count * width].view(count, width).copy_(exact)
-            if C is not None and self.for_inputs and dtype.itemsize == 2:
-                best = rounded_for_inputs(exact.T if part.transposed else exact, C, dtype)
-                rounded.copy_(best.T if part.transposed else best)
-            if not _surely_finite(exact, rounded) and not rounded.isfinite().all():
-                largest = max(largest, exact.abs().max().item()) or math.nan
-            write_bytes(self.file, _memory(rounded), self.start + first * width * dtype.itemsize)
+        total, at = math.prod(part.shape), self.start
+        share = 1.0 if C is not None else min(1.0, _MEASURED / max(1, total))
+        noise = change = measured = largest = noise_out = change_out = 0.0
+        for rounded, exact, before in blocks(part, sources, scratch, share, self.for_inputs):
+            if not rounded.sum().isfinite() and not rounded.isfinite().all():
+                largest = max(largest, rounded.abs().max().item()) or math.nan
+            write_bytes(self.file, memory(rounded), at)
+            at += rounded.numel() * rounded.element_size()
             if C is not None:
                 noise_out += _through(C, exact - rounded, part.transposed)
                 change_out += _through(C, exact - before, part.transposed)
-            if part.changed and (i % step == 0 or C is not None):
-                noise += (exact - rounded).square().sum().item()
-                change += (exact - before).square().sum().item()
+            if part.changed and len(exact):
+                noise += _square(exact - rounded[: len(exact)])
+                change += _square(exact - before)
                 measured += exact.numel()
+        dtype = DTYPES[part.dtype]
         not_finite = f"{part.name} (largest value {largest:.3g}, {dtype})" if largest else ""
         if not part.changed:
             return _Result(None, not_finite)
@@ -161,61 +136,10 @@ class _Job:
         outputs = None if C is None else math.sqrt(noise_out / change_out) if change_out else 0.0
         return _Result(Rounding(part.in_model, name, cost, norm, outputs), not_finite)
 
-    def _reader(
-        self, sources: Mapping[Path, int], width: int, scratch: threading.local
-    ) -> Callable[[int, int], Tensor]:
-        """A function of (first, count) that gives these rows of what the tensor is made of."""
-        source = self.part.source
-        if isinstance(source, Tensor):
-            held = source.detach().reshape(-1, max(1, width))
-            return lambda first, count: held[first : first + count]
-        dtype, file, start = source.torch_dtype, sources[source.file], source.start
-        assert dtype is not None, source.dtype
-        size = dtype.itemsize * width
 
-        def read(first: int, count: int) -> Tensor:
-            block = _buffer(scratch, dtype, "in", count * width)[: count * width]
-            read_bytes(file, _memory(block), start + first * size)
-            return block.view(count, width)
-
-        return read
-
-
-def _merged(part: Part, before: Tensor, first: int, out: Tensor) -> Tensor:
-    """`out`, in its wider dtype: the rows `before`, of which the first is `first`, as the merged model has them."""
-    out.copy_(before)
-    if part.add is not None:
-        return out.add_(part.add.view_as(before))
-    if part.lora is None:
-        return out
-    rows = slice(first, first + before.shape[0])
-    lora = part.lora
-    if part.transposed and lora.magnitude is not None:
-        return out.copy_(unrounded_merged_weight(out.T, lora).T)
-    if part.transposed:  # Wᵀ + scaling·(B·A)ᵀ, whose factors are Aᵀ and Bᵀ
-        return add_change_(out, Lora(lora.B.T, lora.A.T[rows], lora.scaling))
-    magnitude = None if lora.magnitude is None else lora.magnitude[rows]
-    return add_change_(out, Lora(lora.A, lora.B[rows], lora.scaling, magnitude))
-
-
-def _buffer(scratch: threading.local, dtype: torch.dtype, use: str, numbers: int) -> Tensor:
-    """Memory of this worker's own for `numbers` entries or more, used again for the next block."""
-    name = f"{use} {dtype}"
-    held = getattr(scratch, name, None)
-    if held is None or held.numel() < numbers:
-        held = torch.empty(max(numbers, _BLOCK), dtype=dtype)
-        setattr(scratch, name, held)
-    return held
-
-
-def _surely_finite(exact: Tensor, rounded: Tensor) -> bool:
-    """Whether a sum, which is quick, shows that all of `rounded` is finite; False if it does not."""
-    narrow = rounded.dtype == torch.float16  # what float32 holds may be too large for it
-    return abs((rounded if narrow else exact).sum().item()) < 1e38
-
-
-def _is_dora(part: Part) -> bool:
-    return part.lora is not None and part.lora.magnitude is not None
+def _square(values: Tensor) -> float:
+    flat = values.view(-1)
+    return torch.dot(flat, flat).item()
 
 
 def _through(C: Tensor, E: Tensor, transposed: bool) -> float:
@@ -224,22 +148,11 @@ def _through(C: Tensor, E: Tensor, transposed: bool) -> float:
     return max(0.0, ((E @ C.to(E.dtype)) * E).sum().item())
 
 
-def _width(shape: Sequence[int]) -> int:
-    """How long a row of the held matrix is; a vector is one row."""
-    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
-
-
 def _bytes(shape: Sequence[int], part: Part) -> int:
     if part.copied:
         assert isinstance(part.source, Entry)
         return part.source.bytes
     return math.prod(shape) * DTYPES[part.dtype].itemsize
-
-
-def _memory(data: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, without a copy; the tensor has to outlive it."""
-    size = data.numel() * data.element_size()
-    return memoryview((ctypes.c_char * size).from_address(data.data_ptr())).cast("B")
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """safetensors files, tensor by tensor and block by block: where each one lies, and files laid out before they are filled.
 
 The format: eight bytes with the header's length, the header (JSON: name → dtype, shape, place), the data.
-Blocks are read and written at their place with `pread` and `pwrite`. Memory mapping would count every page
-that was touched as resident.
+Blocks are written at their place with `pwrite`, and read with `pread`, or in windows of the file that are mapped
+one after the other: mapping a whole file would count every page that was touched as resident.
 """
 
+import ctypes
 import json
 import math
+import mmap
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +35,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
+_MADV_POPULATE_READ = 22  # Linux 5.14: all pages at once, not one fault after the other
 
 
 class Entry(NamedTuple):
@@ -155,6 +159,35 @@ def read_bytes(file: int, into: memoryview, at: int) -> None:
         if not count:
             raise TensorFileError("A file became shorter while it was read.")
         into, at = into[count:], at + count
+
+
+def mapped(file: int, dtype: torch.dtype, start: int, numbers: int) -> Tensor:
+    """`numbers` entries from the place `start`, (numbers,), mapped: not to be written to.
+
+    Unmapped when the tensor goes. Raises TensorFileError if the file ends before.
+    """
+    at = start - start % mmap.ALLOCATIONGRANULARITY
+    size = start - at + numbers * dtype.itemsize
+    try:
+        # private: torch takes writable memory without a warning
+        window = mmap.mmap(file, size, mmap.MAP_PRIVATE, offset=at)
+    except ValueError as error:
+        raise TensorFileError("A file became shorter while it was read.") from error
+    if sys.platform == "linux":
+        with suppress(OSError):  # an older kernel: page by page then
+            window.madvise(_MADV_POPULATE_READ)
+    if (
+        start % dtype.itemsize
+    ):  # a header of odd length: numbers are not read across their boundaries
+        found = torch.frombuffer(window, dtype=torch.uint8, offset=start - at)
+        return found.clone().view(dtype)
+    return torch.frombuffer(window, dtype=dtype, count=numbers, offset=start - at)
+
+
+def memory(data: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy; the tensor has to outlive it."""
+    size = data.numel() * data.element_size()
+    return memoryview((ctypes.c_char * size).from_address(data.data_ptr())).cast("B")
 
 
 def write_bytes(file: int, data: memoryview, at: int) -> None:

@@ -5,7 +5,9 @@ import torch
 
 from lowrank.kernels.dropout_linear import dropout_linear, dropout_linear_reference
 from lowrank.kernels.low_rank_add import (
+    bfloat16_factors,
     low_rank_add,
+    low_rank_add_bfloat16_,
     low_rank_add_reference,
     low_rank_weight,
     low_rank_weight_reference,
@@ -126,3 +128,24 @@ def test_a_matrix_is_rounded_once():
     exact = B.detach().double().mT @ g.double(), g.double() @ A.detach().double().mT
     for found, gradient in zip((A.grad, B.grad), exact, strict=True):
         assert (found.double() - gradient).norm() < 1e-6 * gradient.norm()
+
+
+@pytest.mark.parametrize(("out", "in_"), [(1, 5), (3, 7), (513, 70), (64, 1)])
+@pytest.mark.parametrize("r", [1, 3, 16])
+def test_low_rank_add_bfloat16_(out, in_, r):
+    """As near to float64 as bfloat16's own spacing allows, but for what float32 sums lose."""
+    A, B = torch.randn(r, in_), torch.randn(out, r) * 0.003
+    W = (torch.randn(out, in_) * 0.02).bfloat16()
+    exact = W.double() + B.double() @ A.double()
+    found = low_rank_add_bfloat16_(W.clone(), *bfloat16_factors(A, B))
+    assert found.dtype == torch.bfloat16
+    excess = (found.double() - exact).abs() - (exact.bfloat16().double() - exact).abs()
+    assert excess.max() <= 2e-6 * (B.abs().double() @ A.abs().double()).max()
+
+
+def test_low_rank_add_bfloat16_tells_what_is_not_finite():
+    A, B = torch.randn(2, 5), torch.randn(3, 2)
+    B[1, 0] = 3.4e38  # more than bfloat16 holds
+    found = low_rank_add_bfloat16_(torch.zeros(3, 5).bfloat16(), *bfloat16_factors(A, B))
+    assert not found[1].isfinite().any()
+    assert found[0].isfinite().all()
