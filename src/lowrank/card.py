@@ -12,7 +12,7 @@ _CARD = """---
 
 # LoRA adapter
 
-An adapter for `{base}`: r={r}, lora_alpha={lora_alpha}, on {targets}.
+An adapter for `{base}`: r={r}, lora_alpha={lora_alpha}, on {targets}.{trained_on}
 
 ```python
 from lowrank import PeftModel  # or: from peft import PeftModel
@@ -22,8 +22,11 @@ model = PeftModel.from_pretrained(base_model, "this folder or repository")
 """
 
 
-def write_card(folder: Path, config: LoraConfig) -> None:
-    """Writes README.md into `folder`, unless there is one: a person may have written it."""
+def write_card(folder: Path, config: LoraConfig, quantisation: str = "") -> None:
+    """Writes README.md into `folder`, unless there is one: a person may have written it.
+
+    quantisation: of the base that it was trained on, in words; empty in 16 or 32 bits.
+    """
     path = folder / "README.md"
     if path.exists():
         return
@@ -41,6 +44,7 @@ def write_card(folder: Path, config: LoraConfig) -> None:
             base=base if on_hub else Path(base).name,
             r=config.r,
             lora_alpha=config.lora_alpha,
+            trained_on=f"\nIt was trained on that base quantised: {quantisation}." if quantisation else "",
             targets=targets if isinstance(targets, str) else ", ".join(targets or []),
         ),
     )

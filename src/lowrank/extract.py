@@ -21,7 +21,7 @@ from lowrank.bases.kinds import EMBEDDING, EXPERTS
 from lowrank.config import LoraConfig
 from lowrank.errors import ExtractError, listed
 from lowrank.expert_files import experts_of, fused_from
-from lowrank.fingerprint import of_samples, sample_places
+from lowrank.fingerprint import Sample, of_samples, sample_places
 from lowrank.matching import is_or_ends
 from lowrank.merge_plan import names_in_model
 from lowrank.model_folder import Stored, embedding_names, load_skeleton, stored_tensors, task_of
@@ -95,7 +95,7 @@ def extract(
     )
 
     found: dict[str, Combined] = {}
-    samples: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+    samples: dict[str, Sample] = {}
     differ: list[tuple[_Pair, float | None]] = []
     identical = 0
     left = {pair.name: pair for pair in [*pairs, *verbatim]}
@@ -232,7 +232,7 @@ def _approximated(
     seed: int,
     rank: int | None,
     energy: float | None,
-) -> tuple[Combined, tuple[tuple[int, ...], Tensor]]:
+) -> tuple[Combined, Sample]:
     """The factors of one target's change, an expert's matrix at a time; and the base's shape and sample."""
     base, tuned = _matrices(model, target, parts)
     transposed = target.kind.hold is stores.transposed
@@ -250,8 +250,8 @@ def _approximated(
         sample.append(W[rows[here] % target.out, columns[here]])
     shape = (target.out, target.in_)
     if target.kind.layout is not EXPERTS:
-        return found[0], (shape, sample[0])
-    return stacked_experts(found), ((len(base), *shape), torch.cat(sample))
+        return found[0], Sample(shape, sample[0])
+    return stacked_experts(found), Sample((len(base), *shape), torch.cat(sample))
 
 
 def _matrices(

@@ -15,7 +15,7 @@ from lowrank.adapter_layers import AdapterLayer, read_layers
 from lowrank.bases import stores
 from lowrank.bases.kinds import kind_of
 from lowrank.errors import AdapterMismatchError, listed
-from lowrank.fingerprint import check_samples, sample_places
+from lowrank.fingerprint import Sample, check_samples, sample_places
 from lowrank.lora import Lora
 from lowrank.model_folder import embedding_names
 from lowrank.start_factors import start_problems
@@ -272,7 +272,7 @@ def _check_base(
         rows, columns = sample_places(out, in_)
         flat = columns * out + rows if layer.transposed else rows * in_ + columns
         path = name.removesuffix(".weight").removesuffix(".in_proj_weight")
-        weights[path] = ((out, in_), entry.entries(flat.tolist()))
+        weights[path] = Sample((out, in_), entry.entries(flat.tolist()))
     check_samples(fingerprint, weights, where, "this one", adapter.config.base_model_name_or_path)
 
 

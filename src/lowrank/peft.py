@@ -35,6 +35,7 @@ from lowrank.lora_model import (
 )
 from lowrank.preparing import checkpoints_activations, let_gradients_in
 from lowrank.routing import Routing
+from lowrank.quantised_base import in_words, quantised_layers
 from lowrank.saving import adapter_of, converted, warn_of_other_readers
 from lowrank.start_factors import inits_from
 from lowrank.state import LoadResult, vocab_size
@@ -311,7 +312,9 @@ class PeftModel(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Writes a README.md for the hub, unless there is one."""
-        write_card(Path(output_dir), next(iter(self.peft_config.values())))
+        quantised = quantised_layers(self)
+        words = in_words(quantised) if quantised else ""
+        write_card(Path(output_dir), next(iter(self.peft_config.values())), words)
 
     def push_to_hub(
         self,

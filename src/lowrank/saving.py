@@ -16,6 +16,7 @@ from lowrank.errors import AdapterMismatchError
 from lowrank.fingerprint import fingerprint
 from lowrank.init import computed_again, taken_out
 from lowrank.log import logger
+from lowrank.quantised_base import METADATA_KEY, quantised_layers, to_json
 from lowrank.start_factors import as_plain_lora, start_factors
 from lowrank.state import get_peft_model_state_dict
 from lowrank.wrappers import lora_layers
@@ -45,6 +46,9 @@ def adapter_of(
         "versions": {"lowrank": __version__, "torch": torch.__version__},
         "base": fingerprint(model, name),
     }
+    quantised = quantised_layers(model)
+    if quantised:
+        metadata[METADATA_KEY] = to_json(quantised)
     if model.run_settings:
         metadata["run"] = model.run_settings
     return Adapter(config, tensors, metadata, start_factors(model, name))

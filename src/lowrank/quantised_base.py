@@ -1,0 +1,65 @@
+"""Which layers of a base are quantised and how: in a model, in an adapter's file, and put onto a model in 16 or 32 bits."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.bases.quantised import quantisation_of
+from lowrank.kernels.quantisation import rounded
+from lowrank.quantisation import Quantisation
+from lowrank.wrappers import LoraLayer
+
+METADATA_KEY = "quantisation"  # in our metadata of an adapter's file, beside the base's fingerprint
+_PREFIX = "base_model.model."
+
+
+def quantised_layers(model: nn.Module) -> dict[str, Quantisation]:
+    """By its path in the base model, how each quantised layer is rounded; adapted or not. Empty for a float base."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            continue
+        quantisation = quantisation_of(module)
+        if quantisation is not None:
+            path = path.removeprefix(_PREFIX).replace(".base_layer.", ".")
+            found[path.removesuffix(".base_layer")] = quantisation
+    return found
+
+
+def to_json(layers: Mapping[str, Quantisation]) -> list[dict[str, Any]]:
+    """What an adapter's file names: each quantisation that there is, with its layers."""
+    return [
+        {**one.to_json(), "layers": [path for path, other in layers.items() if other == one]}
+        for one in dict.fromkeys(layers.values())
+    ]
+
+
+def from_json(rows: Iterable[Mapping[str, Any]] | None) -> dict[str, Quantisation]:
+    """The reverse of `to_json`; empty for an adapter whose file names none."""
+    return {path: Quantisation.from_json(row) for row in rows or () for path in row["layers"]}
+
+
+def in_words(layers: Mapping[str, Quantisation]) -> str:
+    """"nf4 in blocks of 64 (bitsandbytes)", and where there are several, how many layers each has."""
+    counts = {one: list(layers.values()).count(one) for one in dict.fromkeys(layers.values())}
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{one} ({count} layers)" for one, count in counts.items())
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, layers: Mapping[str, Quantisation]) -> None:
+    """Replaces the weights of `layers` by what their quantisation makes of them, in the dtype that they are in.
+
+    A base in bfloat16 has to be loaded as float32 first: rounding to 16 bits once more would be another weight.
+    """
+    for path, quantisation in layers.items():
+        module = model.get_submodule(path)
+        transposed = type(module).__name__ == "Conv1D"
+        W = module.get_parameter("weight")
+        Q = rounded(W.T if transposed else W, quantisation)
+        module._parameters["weight"] = nn.Parameter(
+            (Q.T if transposed else Q).to(W.dtype).contiguous(), requires_grad=W.requires_grad
+        )
