@@ -44,7 +44,9 @@ def write_card(folder: Path, config: LoraConfig, quantisation: str = "") -> None
             base=base if on_hub else Path(base).name,
             r=config.r,
             lora_alpha=config.lora_alpha,
-            trained_on=f"\nIt was trained on that base quantised: {quantisation}." if quantisation else "",
+            trained_on=f"\nIt was trained on that base quantised: {quantisation}."
+            if quantisation
+            else "",
             targets=targets if isinstance(targets, str) else ", ".join(targets or []),
         ),
     )

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.bases.quantised import quantisation_of
+from lowrank.bases.kinds import quantisation_of
 from lowrank.errors import BaseMismatchError
-from lowrank.kernels.quantisation import rounded
+from lowrank.kernels.quantisation import IN_BLOCKS, block_size_of, rounded
 from lowrank.log import logger
 from lowrank.quantisation import Quantisation
 from lowrank.wrappers import lora_chains, target_path
@@ -33,7 +33,9 @@ class Sample(NamedTuple):
 
     shape: tuple[int, ...]  # (*expert, out, in)
     entries: Tensor  # (ENTRIES,), at `sample_places`
-    scales: Tensor | None = None  # (ENTRIES,), of a quantised weight the largest magnitude in each one's block
+    scales: Tensor | None = (
+        None  # (ENTRIES,), of a quantised weight the largest magnitude in each one's block
+    )
     quantisation: Quantisation | None = None
     scale_error: float = 0.0  # how far a scale can be from the one that entries were divided by: not at all, or doubly quantised
 
@@ -233,10 +235,13 @@ def _rounds_to(W: Tensor, sample: Sample) -> Tensor:
     assert quantisation is not None
     assert scales is not None
     apart = sample.scale_error / (scales - sample.scale_error).clamp_min(1e-30)
-    slack = (2.0**-8 + apart) * W.abs() + 2.0**-24
+    # W, and the scale, were each rounded to 16 bits, perhaps twice
+    slack = (2.0**-7 + apart) * W.abs() + 2.0**-24
     bounds = torch.stack([W - slack, W + slack]).clamp(-scales, scales)
-    blocks = torch.stack([scales.expand_as(bounds), bounds], dim=-1)  # each with its scale: (2, ENTRIES, 2)
-    pairs = Quantisation(quantisation.format, block_size=quantisation.block_size and 2)
+    blocks = torch.stack(
+        [scales.expand_as(bounds), bounds], dim=-1
+    )  # each with its scale: (2, ENTRIES, 2)
+    pairs = Quantisation(quantisation.format, block_size=2)
     low, high = rounded(blocks.view(-1, 2), pairs)[:, 1].view(2, -1)
     unit = 2.0**-7 * q.abs() + 2.0**-24  # in bfloat16's last place
     return (low - unit <= q) & (q <= high + unit)
@@ -261,7 +266,8 @@ def sample_of(W: Tensor, quantisation: Quantisation | None = None) -> Sample:
     row, column = sample_places(math.prod(rows), in_)
     if quantisation is None:
         return Sample(tuple(W.shape), _at(W, row, column))
-    size = quantisation.block_size or in_
+    blocked = quantisation.format in IN_BLOCKS
+    size = block_size_of(quantisation) if blocked else quantisation.block_size or in_
     within = (row * in_ + column)[:, None] // size * size + torch.arange(size)  # (ENTRIES, size)
     within = within.clamp_max(W.numel() - 1)
     scales = _at(W, within // in_, within % in_).abs().amax(dim=1)

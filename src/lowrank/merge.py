@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +21,28 @@ from lowrank.log import logger
 from lowrank.merge_files import Rounding, one_thread_each, write_files
 from lowrank.merge_plan import MergePlan, NeedsModel, merge_plan
 from lowrank.model_folder import (
+    ONTO_KEY,
     ROUNDING_KEY,
     NoSkeletonError,
+    base_of,
+    dequantised,
     file_of,
     has_tokenizer,
     is_tied,
     load_base,
+    load_config,
     load_skeleton,
+    quantised_by,
     quiet,
     stored_tensors,
     task_of,
 )
+from lowrank.quantisation import Quantisation
+from lowrank.quantised_base import METADATA_KEY, from_json, round_weights, to_json
+from lowrank.unload import say_untied
+from lowrank.verify.candidates import compare_candidates
+from lowrank.verify.inputs import Example
+from lowrank.verify.result import DEQUANTISED, ONTO, Candidates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATION = "generation_config.json"
@@ -65,6 +77,11 @@ class MergedFolder:
     overall_rounding: float  # as Rounding.loss, over all of them together
     rounding_for: str = "entries"  # or "inputs"
     built: str | None = None  # why the whole model had to be loaded; None: its files were streamed
+    onto: str | None = None  # "dequantised" or "original" where a quantised base is in play
+    why: str = ""  # that one
+    candidates: Candidates | None = (
+        None  # both, measured; None where the caller or the base left no choice
+    )
 
 
 def merge_to_folder(
@@ -75,6 +92,8 @@ def merge_to_folder(
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
     covariances: Mapping[str, Tensor] | None = None,
+    onto: str | None = None,
+    inputs: Sequence[str | Example] | None = None,
 ) -> MergedFolder:
     """Write base + adapter as one model folder, for transformers and whoever reads its format.
 
@@ -89,6 +108,10 @@ def merge_to_folder(
     covariances: of the inputs of the adapted linear layers, as `merge_inputs.input_covariances` gives them. Their
     weights are then rounded down or up, to 16 bits, so that W′x stays near the exact one for such x; every entry is
     within one unit in the last place, but by `Rounding.loss` alone this looks worse than rounding to the nearest.
+    onto: for an adapter trained on a quantised base, the weights that ΔW goes onto: "dequantised" (what the quantised
+    ones stand for, as training saw them) or "original" (those of `base`, in 16 or 32 bits). None measures both on
+    `inputs` (those of `verify`), which loads the base in float32, and writes the one with the lower loss: the result's
+    `candidates` and `why`. A base that is stored quantised is always dequantised.
     `out` appears when it is complete, in one rename. Raises MergeError if `out` exists and is not
     empty (unless `overwrite`), if a merged weight is not finite, or if the layers cannot be merged.
     """
@@ -102,6 +125,7 @@ def merge_to_folder(
     revision = getattr(file.config, "revision", None)
     task = task_of(base, file.config.task_type, revision)
     job = _Job(str(base), str(adapter), file, task, revision, target, covariances or {})
+    job = _with_onto(job, onto, inputs)
 
     with _complete_folder(out) as folder:
         try:
@@ -134,6 +158,9 @@ def merge_to_folder(
         overall_rounding=(noise / change) ** 0.5 if change else 0.0,
         rounding_for="inputs" if covariances else "entries",
         built=built,
+        onto=job.onto,
+        why=job.why,
+        candidates=job.candidates,
     )
 
 
@@ -145,6 +172,15 @@ class _Job(NamedTuple):
     revision: str | None
     dtype: torch.dtype | None
     covariances: Mapping[str, Tensor]
+    onto: str | None = None
+    why: str = ""
+    candidates: Candidates | None = None
+    trained_on: Mapping[str, Quantisation] = {}  # by path, of a base that is not stored so
+
+    @property
+    def rounding(self) -> Mapping[str, Quantisation]:
+        """The layers whose weights are rounded before ΔW is added."""
+        return self.trained_on if self.onto == DEQUANTISED else {}
 
 
 class _Written(NamedTuple):
@@ -153,20 +189,69 @@ class _Written(NamedTuple):
     untied: bool
 
 
-def _streamed(job: _Job, folder: Path, workers: int) -> _Written:
-    """The base's files with the adapter in them. Raises NeedsModel."""
+def _with_onto(job: _Job, onto: str | None, inputs: Sequence[str | Example] | None) -> _Job:
+    """The job with the weights that ΔW goes onto, chosen by measuring where nobody said it."""
+    if onto not in (None, *ONTO):
+        raise MergeError(f"onto={onto!r} is none of: {', '.join(ONTO)}.")
+    layers = from_json(job.file.metadata.get(METADATA_KEY))
+    if quantised_by(load_config(job.base, job.revision)) is not None:
+        if onto not in (None, DEQUANTISED):
+            raise MergeError(
+                f"{job.base} is stored quantised: the original weights are not in it. Name the base in 16 bits."
+            )
+        return job._replace(onto=DEQUANTISED, why="the base is stored quantised")
+    if not layers:
+        if onto is not None:
+            raise MergeError(
+                f"onto={onto!r}: {job.adapter} does not say that it was trained on a quantised base. Leave it out."
+            )
+        return job
+    job = job._replace(trained_on=layers)
+    if onto is not None:
+        return job._replace(onto=onto, why="as asked for")
+    try:  # whatever does not fit is said before models are loaded
+        dtype = _planned(job).plan.dtype
+    except NeedsModel:
+        dtype = str(job.dtype or load_config(job.base, job.revision).dtype or torch.float32)
+    dtype = dtype.removeprefix("torch.")
+    found = compare_candidates(
+        job.base, job.adapter, job.file, layers, job.task, DTYPES[dtype], inputs
+    )
+    return job._replace(onto=found.onto, why=found.why, candidates=found)
+
+
+class _Planned(NamedTuple):
+    model: Any  # on the meta device
+    plan: MergePlan
+    metadata: dict[str, dict[str, str]]
+
+
+def _planned(job: _Job) -> _Planned:
+    """What there is to write. Raises NeedsModel."""
     try:
-        model = load_skeleton(job.base, job.task, job.file.tensors, job.revision)
+        model = load_skeleton(job.base, job.task, job.file.tensors, job.revision, dequantised=True)
     except NoSkeletonError as error:
         raise NeedsModel(str(error)) from error
     stored = stored_tensors(job.base, job.revision)
     if stored is None:
         raise NeedsModel("the base has no safetensors files")
-    plan = merge_plan(model, stored.tensors, job.file, job.adapter, job.dtype)
-    metadata = stored.metadata
+    tensors = dequantised(stored, model)
+    plan = merge_plan(model, tensors, job.file, job.adapter, job.dtype, job.rounding)
+    return _Planned(model, plan, stored.metadata)
+
+
+def _streamed(job: _Job, folder: Path, workers: int) -> _Written:
+    """The base's files with the adapter in them. Raises NeedsModel."""
+    model, plan, metadata = _planned(job)
+    if plan.untied:
+        say_untied(model)
+    notes = {}
     if job.covariances:
         plan = _with_covariances(plan, job.covariances)
-        metadata = {name: {**metadata[name], ROUNDING_KEY: "inputs"} for name in plan.files}
+        notes[ROUNDING_KEY] = "inputs"
+    if job.onto:
+        notes[ONTO_KEY] = json.dumps({"onto": job.onto, METADATA_KEY: to_json(job.trained_on)})
+    metadata = {name: {**metadata[name], **notes} for name in plan.files}
     rounding = write_files(plan, metadata, folder, workers, for_inputs=bool(job.covariances))
     config = model.config
     config.architectures = [type(model).__name__]
@@ -205,6 +290,7 @@ def _in_model(job: _Job, folder: Path) -> _Written:
         main = model.dtype  # tensors that the base keeps in another (float32 norms) stay in theirs
         dtypes = {name: job.dtype if was == main else was for name, was in dtypes.items()}
     model.float()
+    round_weights(model, job.rounding)
     rounding = _rounding(
         changes(
             model.state_dict(),
@@ -229,17 +315,6 @@ def _in_model(job: _Job, folder: Path) -> _Written:
         shutil.copymode(folder / "config.json", weights)
     dtype = str(job.dtype or model.dtype).removeprefix("torch.")
     return _Written(rounding, dtype, bool(tied) and not is_tied(model))
-
-
-def base_of(config: Any, base: str | Path | None) -> str | Path:
-    """`base`, or the one that the adapter's config names. Raises MergeError if there is none."""
-    base = base or config.base_model_name_or_path
-    if not base:
-        raise MergeError(
-            "The adapter's config names no base model (base_model_name_or_path is empty).\n"
-            "Give the base's folder, or its name on the Hub."
-        )
-    return base
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -22,6 +22,7 @@ from lowrank.kernels.low_rank_add import (
 )
 from lowrank.lora import Lora, add_change_, unrounded_merged_weight
 from lowrank.merge_plan import Part
+from lowrank.quantised_files import DequantisedEntry
 from lowrank.rounding import rounded_for_inputs
 from lowrank.tensor_files import DTYPES, Entry, mapped, memory, read_bytes
 
@@ -129,6 +130,9 @@ def _reader(part: Part, sources: Mapping[Path, int]) -> Callable[[int, int], Ten
     if isinstance(source, Tensor):
         held = source.detach().reshape(height, width)
         return lambda first, count: held[first : first + count]
+    if isinstance(source, DequantisedEntry):
+        numbers = source.reader()
+        return lambda first, count: numbers(first * width, (first + count) * width).view(-1, width)
     dtype, file, start = source.torch_dtype, sources[source.file], source.start
     assert dtype is not None, source.dtype
     window, begin = torch.empty(0, width, dtype=dtype), 0

@@ -15,12 +15,14 @@ from lowrank.adapter_layers import AdapterLayer, read_layers
 from lowrank.bases import stores
 from lowrank.bases.kinds import kind_of
 from lowrank.errors import AdapterMismatchError, listed
-from lowrank.fingerprint import Sample, check_samples, sample_places
+from lowrank.fingerprint import Sample, check_samples, sample_of, sample_places
 from lowrank.lora import Lora
 from lowrank.model_folder import embedding_names
+from lowrank.quantisation import Quantisation
+from lowrank.quantised_files import AnyEntry, DequantisedEntry, rounded_entry
 from lowrank.start_factors import start_problems
 from lowrank.tensor_files import NAMES, Entry
-from lowrank.unload import refuse_to_untie, say_untied
+from lowrank.unload import refuse_to_untie
 
 # fields of a configuration whose meaning is in the modules, not in the weights
 _IN_MODULES = (
@@ -38,7 +40,7 @@ class Part(NamedTuple):
 
     name: str  # in the file that is written
     in_model: str  # in the model's state dict
-    source: Entry | Tensor
+    source: AnyEntry | Tensor
     dtype: str  # the file's name of it, "BF16"
     lora: Lora | None = None  # with factors in float32 or wider
     transposed: bool = False  # the source is (in, out)
@@ -69,16 +71,18 @@ class MergePlan(NamedTuple):
 
 def merge_plan(
     model: Any,
-    stored: Mapping[str, Entry],
+    stored: Mapping[str, AnyEntry],
     adapter: Adapter,
     where: str,
     dtype: torch.dtype | None,
+    rounding: Mapping[str, Quantisation] | None = None,
 ) -> MergePlan:
     """Where each tensor of base + adapter comes from and goes to. Reads nothing large.
 
     model: the base on the meta device, as large as the adapter wants it; its config says afterwards whether
     the embeddings are tied. stored: the base's tensors by their names in the files. where: the adapter's, for
-    errors. dtype: what tensors in the base's own dtype become; None keeps them.
+    errors. dtype: what tensors in the base's own dtype become; None keeps them. rounding: by path, the layers of a
+    base in 16 or 32 bits whose weights are to be those of its quantised form.
     Raises NeedsModel; AdapterMismatchError, BaseMismatchError, MergeError as merging in the model would.
     """
     _check_config(adapter.config)
@@ -95,6 +99,7 @@ def merge_plan(
     if unclear:
         raise NeedsModel(f"{unclear[0]} is stored in another form than the model holds it in")
     _check_base(adapter, layers, on_disk, stored, saved, where)
+    stored = {**stored, **_rounded(model, on_disk, stored, rounding or {})}
 
     modules = tuple(f".{name}." for name in adapter.config.modules_to_save or ())
     own = {name for name in saved if any(module in f".{name}" for module in modules)}
@@ -118,8 +123,6 @@ def merge_plan(
             files.setdefault(entry.file.name, []).append(part)
     for name, (source, like) in sources.items():
         files.setdefault(last, []).append(_part(name, name, source, like, layers, main, dtype))
-    if untied:
-        say_untied(model)
     return MergePlan(files, str(dtype or main).removeprefix("torch."), untied)
 
 
@@ -133,7 +136,7 @@ def _check_config(config: Any) -> None:
 
 
 def names_in_model(
-    model: Any, stored: Mapping[str, Entry]
+    model: Any, stored: Mapping[str, AnyEntry]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """By the name in the files, the name in the model, of tensors held in both in one form; and of others."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -257,7 +260,7 @@ def _check_base(
     adapter: Adapter,
     layers: Mapping[str, _Layer],
     on_disk: Mapping[str, str],
-    stored: Mapping[str, Entry],
+    stored: Mapping[str, AnyEntry],
     saved: Mapping[str, Tensor],
     where: str,
 ) -> None:
@@ -272,8 +275,37 @@ def _check_base(
         rows, columns = sample_places(out, in_)
         flat = columns * out + rows if layer.transposed else rows * in_ + columns
         path = name.removesuffix(".weight").removesuffix(".in_proj_weight")
-        weights[path] = Sample((out, in_), entry.entries(flat.tolist()))
+        if isinstance(entry, DequantisedEntry):
+            W = entry.read().view(in_, out).T if layer.transposed else entry.read().view(out, in_)
+            weights[path] = sample_of(W, entry.quantisation)
+        else:
+            weights[path] = Sample((out, in_), entry.entries(flat.tolist()))
     check_samples(fingerprint, weights, where, "this one", adapter.config.base_model_name_or_path)
+
+
+def _rounded(
+    model: nn.Module,
+    on_disk: Mapping[str, str],
+    stored: Mapping[str, AnyEntry],
+    rounding: Mapping[str, Quantisation],
+) -> dict[str, AnyEntry]:
+    """By the name in the files, the weights of the layers in `rounding`."""
+    modules = dict(model.named_modules())
+    strangers = [path for path in rounding if path not in modules]
+    if strangers:
+        raise AdapterMismatchError(
+            f"The adapter's file names {len(strangers)} quantised layers that {type(model).__name__} does not have: "
+            + ", ".join(strangers[:5])
+        )
+    found: dict[str, AnyEntry] = {}
+    for path, quantisation in rounding.items():
+        key = on_disk.get(f"{path}.weight")
+        entry = stored[key] if key else None
+        if key is None or not isinstance(entry, Entry):
+            raise NeedsModel(f"{path}.weight is not in the base's files as the model holds it")
+        transposed = type(modules[path]).__name__ == "Conv1D"
+        found[key] = rounded_entry(entry, quantisation, transposed)
+    return found
 
 
 # --- what goes where ------------------------------------------------------------------------------
@@ -291,12 +323,12 @@ def _sources(
     model: Any,
     params: Mapping[str, Tensor],
     on_disk: Mapping[str, str],
-    stored: Mapping[str, Entry],
+    stored: Mapping[str, AnyEntry],
     saved: Mapping[str, Tensor],
     own: set[str],
     alone: set[str],
     covered: set[str],
-) -> tuple[dict[str, tuple[Entry | Tensor, Entry | None]], bool]:
+) -> tuple[dict[str, tuple[AnyEntry | Tensor, AnyEntry | None]], bool]:
     """By name in the model, what each tensor to be written starts from and the base's; and whether a tie comes apart.
 
     saved: what the adapter holds whole. own: those of modules_to_save, which stand alone; the others stay tied
@@ -309,7 +341,7 @@ def _sources(
         if not pair or not pair <= set(group):
             raise NeedsModel(f"{group[0]} is tied to {group[1]}, and one of them changes alone")
         refuse_to_untie(model)
-    found: dict[str, tuple[Entry | Tensor, Entry | None]] = {}
+    found: dict[str, tuple[AnyEntry | Tensor, AnyEntry | None]] = {}
     for group in groups:
         if not covered.isdisjoint(group):
             continue
@@ -330,7 +362,9 @@ def _sources(
     return found, bool(apart)
 
 
-def _check_one(there: list[str], on_disk: Mapping[str, str], stored: Mapping[str, Entry]) -> None:
+def _check_one(
+    there: list[str], on_disk: Mapping[str, str], stored: Mapping[str, AnyEntry]
+) -> None:
     """Raises NeedsModel if what the model ties is two different tensors in the files."""
     if len(there) > 1:
         first, *others = (stored[on_disk[name]].read() for name in there)
@@ -343,8 +377,8 @@ def _check_one(there: list[str], on_disk: Mapping[str, str], stored: Mapping[str
 def _part(
     key: str,
     name: str,
-    source: Entry | Tensor,
-    base: Entry | None,
+    source: AnyEntry | Tensor,
+    base: AnyEntry | None,
     layers: Mapping[str, _Layer],
     main: torch.dtype,
     wanted: torch.dtype | None,
@@ -360,7 +394,7 @@ def _part(
     return Part(key, name, source, dtype)
 
 
-def _main_dtype(stored: Iterable[Entry]) -> torch.dtype:
+def _main_dtype(stored: Iterable[AnyEntry]) -> torch.dtype:
     """The dtype that most of the base's numbers have."""
     sizes: dict[torch.dtype, int] = {}
     for entry in stored:
@@ -371,6 +405,6 @@ def _main_dtype(stored: Iterable[Entry]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
-def _dtype(base: Entry, main: torch.dtype, wanted: torch.dtype | None) -> str:
+def _dtype(base: AnyEntry, main: torch.dtype, wanted: torch.dtype | None) -> str:
     """The dtype to write: a tensor that the base keeps in another than most stays in its own."""
     return NAMES[wanted] if wanted is not None and base.torch_dtype == main else base.dtype

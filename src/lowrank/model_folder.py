@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import AdapterMismatchError, LowrankError
+from lowrank.errors import AdapterMismatchError, LowrankError, MergeError
 from lowrank.expected import PREFIX
+from lowrank.quantised_files import AnyEntry, DequantisedEntry, packed_entries
 from lowrank.tensor_files import Entry, entries
 
 # task_type in the adapter's config → transformers' class for it, and the outputs to compare
@@ -40,6 +42,7 @@ INDEX = f"{WEIGHTS}.index.json"
 ROUNDING_KEY = (
     "lowrank.rounding"  # in a merged file's metadata: "inputs" where not every entry is the nearest
 )
+ONTO_KEY = "lowrank.onto"  # in a merged file's metadata, for an adapter trained on a quantised base: JSON, see merge
 
 
 class ModelFolderError(LowrankError, ValueError):
@@ -71,6 +74,17 @@ def task_of(base: str | Path, task_type: Any, revision: str | None = None) -> st
         f"The adapter's config names no task_type, and {base} is a {architectures[0]}, of which the "
         f'task cannot be told.\nSet "task_type" in adapter_config.json to one of: {", ".join(TASKS)}.'
     )
+
+
+def base_of(config: Any, base: str | Path | None) -> str | Path:
+    """`base`, or the one that the adapter's config names. Raises MergeError if there is none."""
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise MergeError(
+            "The adapter's config names no base model (base_model_name_or_path is empty).\n"
+            "Give the base's folder, or its name on the Hub."
+        )
+    return base
 
 
 def load_config(folder: str | Path, revision: str | None = None) -> Any:
@@ -126,7 +140,8 @@ def load_model(
             raise ModelFolderError(
                 f"{folder} cannot be loaded with {TASKS[task][0]}: {error}"
             ) from error
-    _refuse_quantised(folder, getattr(model, "is_quantized", False))
+    if getattr(model, "is_quantized", False):
+        raise _quantised_error(folder, quantised_by(model.config))
     misshapen = sorted(str(key[0]) for key in info["mismatched_keys"])
     return Loaded(
         model.eval(), sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), misshapen
@@ -144,11 +159,15 @@ def load_base(
     """The base as the adapter was trained on it: as many labels and as large a vocabulary.
 
     tensors: the adapter's file. Its classifier decides `num_labels`, its embedding the vocabulary;
-    head tensors that the base's folder does not have take the adapter's values.
+    head tensors that the base's folder does not have take the adapter's values. What bitsandbytes packed in the
+    folder is loaded as the numbers that it stands for.
     """
     config = load_config(base, revision)
     options = _labels(config, task, tensors)
-    loaded = load_model(base, task, dtype=dtype, revision=revision, **options)
+    if quantised_by(config) == "bitsandbytes":
+        loaded = _load_dequantised(base, task, tensors, dtype, revision)
+    else:
+        loaded = load_model(base, task, dtype=dtype, revision=revision, **options)
     _resize_vocabulary(loaded.model, tensors)
     state = loaded.model.state_dict()
     for name in list(loaded.missing):
@@ -172,16 +191,84 @@ def refuse_lacking(folder: str | Path, names: list[str]) -> None:
 
 
 def load_skeleton(
-    base: str | Path, task: str, tensors: Mapping[str, Tensor], revision: str | None = None
+    base: str | Path,
+    task: str,
+    tensors: Mapping[str, Tensor],
+    revision: str | None = None,
+    dequantised: bool = False,
 ) -> Any:
-    """The model that `load_base` gives, on the meta device: names, shapes, modules, ties; no weights are read."""
+    """The model that `load_base` gives, on the meta device: names, shapes, modules, ties; no weights are read.
+
+    dequantised: of a base that bitsandbytes packed, the model that it was before; else that is refused.
+    """
     config = load_config(base, revision)
-    _refuse_quantised(base, getattr(config, "quantization_config", None) is not None)
+    by = quantised_by(config)
+    if by is not None and not (dequantised and by == "bitsandbytes"):
+        raise _quantised_error(base, by)
+    if by is not None:
+        del config.quantization_config
     for name, value in _labels(config, task, tensors).items():
         setattr(config, name, value)
     model = _on_meta(config, task)
     _resize_vocabulary(model, tensors)
     return model
+
+
+def quantised_by(config: Any) -> str | None:
+    """The library that packed the weights of a folder, "bitsandbytes" or "gptq"; None for 16 or 32 bits."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    if (
+        method is None
+        and isinstance(found, dict)
+        and (found.get("load_in_4bit") or found.get("load_in_8bit"))
+    ):
+        return "bitsandbytes"
+    return str(getattr(method, "value", method))
+
+
+def dequantised(stored: Stored, model: Any) -> dict[str, AnyEntry]:
+    """The tensors of `stored`, with what bitsandbytes packed as the matrices that `model`, on the meta device, has there."""
+    turned = {f"{p}.weight" for p, m in model.named_modules() if type(m).__name__ == "Conv1D"}
+    prefix = f"{model.base_model_prefix}."
+    tensors = packed_entries(stored.tensors, model.config.dtype or torch.float16)
+    for name, entry in tensors.items():
+        if isinstance(entry, DequantisedEntry) and not turned.isdisjoint((name, prefix + name)):
+            tensors[name] = dataclasses.replace(entry, shape=entry.shape[::-1], transposed=True)
+    return tensors
+
+
+def _load_dequantised(
+    base: str | Path,
+    task: str,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | str,
+    revision: str | None,
+) -> Loaded:
+    skeleton = load_skeleton(base, task, {}, revision, dequantised=True)
+    stored = stored_tensors(base, revision)
+    if stored is None:
+        raise ModelFolderError(
+            f"{base} is stored quantised, and not as safetensors: it cannot be read."
+        )
+    config = skeleton.config
+    for name, value in _labels(config, task, tensors).items():
+        setattr(config, name, value)
+    held = dequantised(stored, skeleton)
+    state = {
+        name: entry.read().to(entry.torch_dtype if dtype == "auto" else dtype)
+        if entry.floating
+        else entry.read()
+        for name, entry in held.items()
+    }
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, info = type(skeleton).from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    return Loaded(model.eval(), sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), [])
 
 
 class Stored(NamedTuple):
@@ -220,12 +307,17 @@ def stored_tensors(folder: str | Path, revision: str | None = None) -> Stored | 
     return found
 
 
-def _refuse_quantised(folder: str | Path, quantised: bool) -> None:
-    if quantised:
-        raise ModelFolderError(
-            f"{folder} is stored quantised, and a merge would round it once more.\n"
-            "Name the unquantised base instead."
-        )
+def _quantised_error(folder: str | Path, by: str | None) -> ModelFolderError:
+    what = {
+        "bitsandbytes": "Name the unquantised base instead.",
+        "gptq": "Name the unquantised base, or merge in Python: load it through transformers, then "
+        "PeftModel.from_pretrained(…).merge_and_unload().",
+    }
+    what["awq"] = what["gptq"]
+    return ModelFolderError(
+        f"{folder} is stored quantised ({by or 'by an unknown library'}), and its weights are not read out of such "
+        f"files here.\n{what.get(by or '', what['bitsandbytes'])}"
+    )
 
 
 def _on_meta(config: Any, task: str) -> Any:

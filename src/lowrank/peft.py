@@ -34,8 +34,8 @@ from lowrank.lora_model import (
     rows,
 )
 from lowrank.preparing import checkpoints_activations, let_gradients_in
-from lowrank.routing import Routing
 from lowrank.quantised_base import in_words, quantised_layers
+from lowrank.routing import Routing
 from lowrank.saving import adapter_of, converted, warn_of_other_readers
 from lowrank.start_factors import inits_from
 from lowrank.state import LoadResult, vocab_size

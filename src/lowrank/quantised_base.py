@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank.bases.quantised import quantisation_of
+from lowrank.bases.kinds import quantisation_of
 from lowrank.kernels.quantisation import rounded
 from lowrank.quantisation import Quantisation
 from lowrank.wrappers import LoraLayer
@@ -42,7 +42,7 @@ def from_json(rows: Iterable[Mapping[str, Any]] | None) -> dict[str, Quantisatio
 
 
 def in_words(layers: Mapping[str, Quantisation]) -> str:
-    """"nf4 in blocks of 64 (bitsandbytes)", and where there are several, how many layers each has."""
+    """ "nf4 in blocks of 64 (bitsandbytes)", and where there are several, how many layers each has."""
     counts = {one: list(layers.values()).count(one) for one in dict.fromkeys(layers.values())}
     if len(counts) == 1:
         return str(next(iter(counts)))
@@ -57,9 +57,15 @@ def round_weights(model: nn.Module, layers: Mapping[str, Quantisation]) -> None:
     """
     for path, quantisation in layers.items():
         module = model.get_submodule(path)
-        transposed = type(module).__name__ == "Conv1D"
         W = module.get_parameter("weight")
-        Q = rounded(W.T if transposed else W, quantisation)
-        module._parameters["weight"] = nn.Parameter(
-            (Q.T if transposed else Q).to(W.dtype).contiguous(), requires_grad=W.requires_grad
-        )
+        Q = rounded_weight(module, quantisation).to(W.dtype)
+        module._parameters["weight"] = nn.Parameter(Q, requires_grad=W.requires_grad)
+
+
+@torch.no_grad()
+def rounded_weight(module: nn.Module, quantisation: Quantisation) -> Tensor:
+    """What `quantisation` makes of the weight of a linear layer, as it is held there; float32."""
+    W = module.get_parameter("weight")
+    if type(module).__name__ == "Conv1D":
+        return rounded(W.T, quantisation).T.contiguous()
+    return rounded(W, quantisation)

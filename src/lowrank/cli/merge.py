@@ -4,9 +4,14 @@ The folder holds weights, config, tokenizer, chat template, generation config an
 it appears when it is complete. BASE may be left out if the adapter names it. Exit status 1 if the
 merged folder does not pass the verification.
 
+An adapter that was trained on a quantised base can be merged onto that base's weights dequantised, as
+training saw them, or onto the original ones. Both are measured (on --data, else on made-up inputs); the
+one with the lower loss is written, the dequantised where that is not clear. --onto decides without.
+
   lowrank merge embedded runs/intents runs/intents-merged --data embedded:intents
   lowrank merge runs/intents runs/intents-merged --dtype float32
   lowrank merge llama runs/intents runs/intents-merged --round-for intents.jsonl
+  lowrank merge llama runs/qlora runs/qlora-merged --onto original
 """
 
 import argparse
@@ -38,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="round so that the outputs on rows like these stay near (the base is loaded and run on them); "
         "or embedded:NAME, its training part",
     )
+    parser.add_argument(
+        "--onto",
+        choices=("dequantised", "original"),
+        help="the weights under an adapter trained on a quantised base (measured, see above)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-verify", action="store_true", help="only write")
     add_evidence(parser)
@@ -48,9 +58,11 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.merge import check_out, merge_to_folder
     from lowrank.report import text
 
-    if args.no_verify and (args.data or args.json):
+    if args.no_verify and args.json:
+        raise OpeningError("--json is for the verification, which --no-verify leaves out")
+    if args.no_verify and args.data and (args.onto or not _trained_quantised(args.adapter)):
         raise OpeningError(
-            "--data and --json are for the verification, which --no-verify leaves out"
+            "--data is for the verification, which --no-verify leaves out (and for the choice that --onto makes)"
         )
     base = base_path(args)
     check_out(Path(args.out), [base, args.adapter], args.overwrite)
@@ -69,10 +81,21 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         overwrite=args.overwrite,
         covariances=covariances,
+        onto=args.onto,
+        inputs=inputs,
     )
-    text.show(text.merged(written), sys.stderr if args.json else None)
+    text.show(
+        text.merged(written, candidates=args.no_verify), sys.stderr if args.json else None
+    )
     if args.no_verify:
         return 0
     if not args.json:
         print()
-    return verify_and_show(base, args.adapter, args.out, args, inputs)
+    return verify_and_show(base, args.adapter, args.out, args, inputs, written.candidates)
+
+
+def _trained_quantised(adapter: str) -> bool:
+    from lowrank.adapter_file import read_adapter
+    from lowrank.quantised_base import METADATA_KEY
+
+    return bool(read_adapter(adapter).metadata.get(METADATA_KEY))

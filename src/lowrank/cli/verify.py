@@ -76,14 +76,21 @@ def evidence(args: argparse.Namespace, base: str) -> list[dict[str, Any]] | None
 
 
 def verify_and_show(
-    base: str, adapter: str, merged: str, args: argparse.Namespace, inputs: Any
+    base: str,
+    adapter: str,
+    merged: str,
+    args: argparse.Namespace,
+    inputs: Any,
+    candidates: Any = None,
 ) -> int:
-    """Verify, print the result, and return the exit status."""
+    """Verify, print the result, and return the exit status. candidates: if they are measured already."""
     from lowrank.report import text
     from lowrank.report.data import to_json
     from lowrank.verify import verify
 
-    result = verify(base, adapter, merged, inputs=inputs, tolerance=args.tolerance)
+    result = verify(
+        base, adapter, merged, inputs=inputs, tolerance=args.tolerance, candidates=candidates
+    )
     if args.json:
         print(json.dumps(to_json(result), indent=2, ensure_ascii=False))
     else:

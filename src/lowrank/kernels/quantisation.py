@@ -15,6 +15,11 @@ from torch import Tensor
 from lowrank.errors import QuantisationError
 from lowrank.quantisation import Quantisation
 
+IN_BLOCKS = (
+    "nf4",
+    "nf2",
+    "fp4",
+)  # formats written here whose scales are shared by blocks, not rows
 NESTED_BLOCK_SIZE = 256  # scales that share a scale: QLoRA §3
 _TAIL = 0.9677083  # the quantile at which a normal float's largest value stands: QLoRA's code
 _CHUNK = 2**15  # bytes that are dequantised at a time: what lies between stays in a core's cache
@@ -106,8 +111,11 @@ def quantise(W: Tensor, quantisation: Quantisation) -> Packed:
     if quantisation.format == "int8":
         return _quantise_int8(W)
     codes, absmax = _quantise_blocks(W, quantisation)
-    if not quantisation.double:
-        return Packed(codes, absmax)
+    return quantise_scales(codes, absmax) if quantisation.double else Packed(codes, absmax)
+
+
+def quantise_scales(codes: Tensor, absmax: Tensor) -> Packed:
+    """The same weight doubly quantised: `absmax` of all its blocks, float32 (blocks,), in 8 bits."""
     offset = absmax.mean()
     return Packed(codes, *_quantise_scales(absmax - offset), offset)
 
@@ -171,7 +179,7 @@ def _refuse_infinite(absmax: Tensor) -> None:
 
 def block_size_of(quantisation: Quantisation) -> int:
     """The entries of a block. Raises QuantisationError for a format that is not written in blocks here."""
-    if quantisation.format not in ("nf4", "nf2", "fp4"):
+    if quantisation.format not in IN_BLOCKS:
         raise QuantisationError(f"lowrank reads {quantisation.format} and does not write it.")
     size = quantisation.block_size or 64
     if size < 2 or size % 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import statistics
 import sys
@@ -16,7 +17,7 @@ from rich.text import Text
 from lowrank.merge import MergedFolder
 from lowrank.report.data import Metric, RunReport
 from lowrank.report.words import amount, number, percent
-from lowrank.verify import OutputCheck, Verification
+from lowrank.verify import Candidates, OutputCheck, Verification
 
 
 def show(result: RenderableType, file: IO[str] | None = None) -> None:
@@ -46,13 +47,15 @@ def verification(v: Verification) -> RenderableType:
         parts += ["", _output_table(v.outputs)]
         if v.outputs.perplexity_merged is not None:
             parts += ["", _facts([("perplexity", _perplexities(v.outputs))])]
+    if v.candidates is not None:
+        parts += ["", _candidate_table(v.candidates, v.onto)]
     parts += [_remark("✗", "red", reason) for reason in v.reasons]
     parts += [_remark("!", "yellow", warning) for warning in v.warnings]
     return Group(*parts)
 
 
-def merged(m: MergedFolder) -> RenderableType:
-    """What was written, and what rounding cost."""
+def merged(m: MergedFolder, candidates: bool = True) -> RenderableType:
+    """What was written, and what rounding cost. candidates: also the table of both, which `verification` has too."""
     worst = (m.rounding[0].loss, m.rounding[0].name) if m.rounding else (None, None)
     facts = [
         ("written", f"{m.path} ({amount(m.total_bytes, 'B')}, {m.dtype})"),
@@ -63,9 +66,13 @@ def merged(m: MergedFolder) -> RenderableType:
             f"from {m.tokenizer}" if m.tokenizer else "none: neither base nor adapter has one",
         ),
     ]
+    if m.onto:
+        facts.insert(2, ("onto", f"the {m.onto} weights: {m.why}"))
     if m.untied:
         facts.append(("embeddings", "untied: input and output are two tensors now"))
-    return _facts(facts)
+    if m.candidates is None or not candidates:
+        return _facts(facts)
+    return Group(_facts(facts), "", _candidate_table(m.candidates, m.onto))
 
 
 def summary(data: RunReport) -> RenderableType:
@@ -151,6 +158,30 @@ def _output_table(o: OutputCheck) -> Table:
             "same first choice", percent(o.top1_agreement), percent(o.top1_agreement_base), ""
         )
     return table
+
+
+def _candidate_table(c: Candidates, onto: str | None) -> RenderableType:
+    """The two that an adapter trained on a quantised base can be merged onto, against what was trained."""
+    first = next(iter(c.by_name.values()))
+    table = _table(
+        f"in {c.dtype}, against training", first.what, "of the effect", "first choice", "loss"
+    )
+    for name, o in c.by_name.items():
+        share = "–" if o.relative_difference is None else percent(o.relative_difference)
+        written = " ← written" if name == onto else ""
+        loss = number(_loss(o.perplexity_merged), ".4f")
+        values = number(o.rms_difference), share, percent(o.top1_agreement), loss
+        table.add_row(f"{name} + ΔW{written}", *values)
+    trained = "quantised + ΔW (trained)"
+    table.add_row(trained, "", "", "", number(_loss(first.perplexity_adapter), ".4f"))
+    table.add_row("quantised", "", "", "", number(_loss(first.perplexity_base), ".4f"))
+    table.add_row("original", "", "", "", number(_loss(c.original_base), ".4f"))
+    return Group(_facts([("trained on", c.quantisation)]), table)
+
+
+def _loss(perplexity: float | None) -> float | None:
+    """Nats a token."""
+    return math.log(perplexity) if perplexity else None
 
 
 def _perplexities(o: OutputCheck) -> str:

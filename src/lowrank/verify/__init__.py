@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,37 +23,47 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lowrank.adapter_file import save_tensors
+from lowrank.adapter_file import Adapter, save_tensors
 from lowrank.expected import Change, changes, transposed_weights
-from lowrank.merge import base_of
+from lowrank.log import logger
 from lowrank.model_folder import (
+    ONTO_KEY,
     ROUNDING_KEY,
     TASKS,
     ModelFolderError,
+    base_of,
     embedding_names,
-    has_tokenizer,
     is_tied,
     load_base,
+    load_config,
     load_model,
-    quiet,
+    quantised_by,
     stored_tensors,
     task_of,
 )
+from lowrank.quantisation import Quantisation
+from lowrank.quantised_base import METADATA_KEY, from_json, round_weights, rounded_weight
 from lowrank.verify import probe
-from lowrank.verify.inputs import Example, Inputs, generated_inputs, given_inputs
+from lowrank.verify.candidates import compare_candidates
+from lowrank.verify.inputs import Example, Inputs, inputs_for
 from lowrank.verify.outputs import compare_outputs
 from lowrank.verify.result import (
     DEFAULT_TOLERANCE,
+    DEQUANTISED,
+    ONTO,
+    ORIGINAL,
+    Candidates,
     OutputCheck,
     TensorCheck,
     Verification,
+    judge_onto,
     judge_outputs,
     judge_tensors,
     judge_ties,
 )
 from lowrank.verify.tensors import Tally, worst_first
 
-__all__ = ["OutputCheck", "TensorCheck", "Verification", "verify"]
+__all__ = ["Candidates", "OutputCheck", "TensorCheck", "Verification", "verify"]
 
 
 def verify(
@@ -63,6 +74,7 @@ def verify(
     inputs: Sequence[str | Example] | None = None,
     tolerance: float = DEFAULT_TOLERANCE,
     seed: int = 0,
+    candidates: Candidates | None = None,
 ) -> Verification:
     """Whether the folder `merged` is `base` with `adapter` merged in, with the evidence.
 
@@ -72,6 +84,9 @@ def verify(
     the adapter changes most.
     tolerance: how much of the adapter's effect on the outputs rounding may cost (0.1: a tenth). What
     rounding does not explain fails at any tolerance: each tensor has to hold the right W + ΔW.
+    An adapter trained on a quantised base can stand on its weights dequantised or on the original ones: the folder is
+    held against the one that it says (or looks like), and both are measured against what was trained, unless that
+    was done already (`candidates`).
     Raises ModelFolderError and the errors of loading; a merge that is wrong is no error but a result.
     """
     from lowrank.adapter_file import read_adapter
@@ -87,8 +102,12 @@ def verify(
     names, tied = embedding_names(model), is_tied(model)
 
     loaded = load_model(merged, task, any_shape=True)
+    notes = _notes(merged)
+    onto, layers = _onto(base, revision, file, notes, model, loaded.model)
+    if onto == DEQUANTISED:
+        round_weights(model, layers)
     weights = model.state_dict()
-    tally = Tally(weights, loaded.model.state_dict(), _rounded_for_inputs(merged))
+    tally = Tally(weights, loaded.model.state_dict(), ROUNDING_KEY in notes)
     busiest: list[int] = []
     exact = changes(weights, file.tensors, file.config, transposed_weights(model), file.start)
     tally.check(_note_busiest(exact, names[0] if names else None, busiest))
@@ -97,8 +116,13 @@ def verify(
     unexpected = loaded.unexpected
     del loaded, tally.merged
 
-    examples = _inputs(model, task, (adapter, base), revision, inputs, seed, busiest)
-    outputs, trouble = _compare(model, adapter, merged, examples, task)
+    examples = inputs_for(model, task, (adapter, base), revision, inputs, seed, busiest)
+    with _said_elsewhere() if layers else nullcontext():
+        outputs, trouble = _compare(model, adapter, merged, examples, task)
+    del model, weights, tally.base
+    if layers and candidates is None:
+        written = getattr(torch, dtype)
+        candidates = compare_candidates(base, adapter, file, layers, task, written, inputs, seed)
 
     reasons = judge_tensors(tally.checks, missing, unexpected)
     ties = judge_ties(tied, tied_merged, bool(names) and len(tally.changed & set(names or ())) == 1)
@@ -106,6 +130,7 @@ def verify(
     if outputs is not None:
         said = judge_outputs(outputs, dtype, tolerance, tally.rounding, tensors_right=not reasons)
     reasons += ties[0] + said[0]
+    remarks = [] if candidates is None or onto is None else judge_onto(onto, candidates)
     return Verification(
         base=str(base),
         adapter=str(adapter),
@@ -114,7 +139,7 @@ def verify(
         dtype=dtype,
         passed=not reasons,
         reasons=reasons,
-        warnings=ties[1] + said[1],
+        warnings=ties[1] + said[1] + remarks,
         tolerance=tolerance,
         outputs=outputs,
         adapted=sum(check.role != "base" for check in tally.checks),
@@ -126,6 +151,8 @@ def verify(
         unexpected=unexpected,
         tied_base=tied,
         tied_merged=tied_merged,
+        onto=onto,
+        candidates=candidates,
         seconds=time.perf_counter() - started,
         versions={
             "python": platform.python_version(),
@@ -134,10 +161,57 @@ def verify(
     )
 
 
-def _rounded_for_inputs(merged: str | Path) -> bool:
-    """Whether the merge says that it rounded for the outputs, so that not every entry is the nearest."""
+def _notes(merged: str | Path) -> dict[str, str]:
+    """What the merge left in the metadata of its files: how it rounded, what ΔW was added to."""
     stored = stored_tensors(merged)
-    return stored is not None and any(m.get(ROUNDING_KEY) for m in stored.metadata.values())
+    found: dict[str, str] = {}
+    for metadata in stored.metadata.values() if stored else ():
+        found |= metadata
+    return found
+
+
+def _onto(
+    base: str | Path,
+    revision: str | None,
+    file: Adapter,
+    notes: Mapping[str, str],
+    model: Any,
+    merged: Any,
+) -> tuple[str | None, dict[str, Quantisation]]:
+    """The weights that `merged` says, or looks, to be merged onto, and the layers of the base that were quantised."""
+    if quantised_by(load_config(base, revision)) is not None:
+        return DEQUANTISED, {}
+    said = json.loads(notes.get(ONTO_KEY, "{}"))
+    layers = from_json(said.get(METADATA_KEY) or file.metadata.get(METADATA_KEY))
+    if not layers:
+        return None, {}
+    onto = said.get("onto")
+    return onto if onto in ONTO else _nearer(layers, model, merged), layers
+
+
+def _nearer(layers: Mapping[str, Quantisation], model: Any, merged: Any) -> str:
+    """Which weights another program has merged onto: ΔW has few directions, and the rounding error none of them."""
+    off = dict.fromkeys(ONTO, 0.0)
+    there = merged.state_dict()
+    for path, quantisation in list(layers.items())[:8]:
+        held = model.get_submodule(path)
+        M = there.get(f"{path}.weight")
+        if M is None or M.shape != held.weight.shape:
+            continue
+        W, Q = held.weight, rounded_weight(held, quantisation)
+        off[DEQUANTISED] += (M - Q).square().sum().item()
+        off[ORIGINAL] += (M - W).square().sum().item()
+    return min(ONTO, key=lambda name: off[name])
+
+
+@contextmanager
+def _said_elsewhere() -> Iterator[None]:
+    """Without the log's lines: that the base is in another form than in training is what is measured here."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _note_busiest(
@@ -156,30 +230,6 @@ def _dtype(checks: Sequence[TensorCheck]) -> str:
     dtypes = [check.dtype for check in checks if check.role == "adapted"]
     dtypes = dtypes or [check.dtype for check in checks] or ["unknown"]
     return max(set(dtypes), key=dtypes.count)
-
-
-def _inputs(
-    model: Any,
-    task: str,
-    sources: Sequence[str | Path],
-    revision: str | None,
-    given: Sequence[str | Example] | None,
-    seed: int,
-    rows: Sequence[int],
-) -> Inputs:
-    from transformers import AutoTokenizer
-
-    tokenizer = None
-    for source, at in zip(sources, (None, revision), strict=True):
-        if has_tokenizer(source, at):
-            with quiet():
-                tokenizer = AutoTokenizer.from_pretrained(str(source), revision=at)
-            break
-    if given is None:
-        return generated_inputs(model, task, tokenizer, seed=seed, rows=rows)
-    return given_inputs(
-        given, task, tokenizer, getattr(model.config.get_text_config(), "vocab_size", 1)
-    )
 
 
 def _compare(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowrank.model_folder import ModelFolderError
+from lowrank.model_folder import ModelFolderError, has_tokenizer, quiet
 
 Example = Mapping[str, Any]  # "input_ids" (tokens,), and "labels" (tokens,) where a loss is wanted
 TEXTS = (
@@ -29,6 +30,31 @@ class Inputs(NamedTuple):
     examples: list[dict[str, Tensor]]  # what the models are called with
     labels: list[Tensor | None]  # (1, tokens), -100 where no loss is taken; None: no labels
     source: str
+
+
+def inputs_for(
+    model: Any,
+    task: str,
+    sources: Sequence[str | Path],
+    revision: str | None,
+    given: Sequence[str | Example] | None,
+    seed: int = 0,
+    rows: Sequence[int] = (),
+) -> Inputs:
+    """`given_inputs`, or where nothing is given `generated_inputs`, with the tokenizer of the first source that has one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = None
+    for source, at in zip(sources, (None, revision), strict=True):
+        if has_tokenizer(source, at):
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(str(source), revision=at)
+            break
+    if given is None:
+        return generated_inputs(model, task, tokenizer, seed=seed, rows=rows)
+    return given_inputs(
+        given, task, tokenizer, getattr(model.config.get_text_config(), "vocab_size", 1)
+    )
 
 
 def given_inputs(given: Sequence[str | Example], task: str, tokenizer: Any, values: int) -> Inputs:

@@ -54,9 +54,9 @@ def compare_outputs(
         kl_effect=kl_effect / positions if scores else None,
         top1_agreement=same / positions if scores else None,
         top1_agreement_base=same_base / positions if scores else None,
-        perplexity_base=_perplexity(base, inputs.labels, task),
-        perplexity_adapter=_perplexity(adapter, inputs.labels, task),
-        perplexity_merged=_perplexity(merged, inputs.labels, task),
+        perplexity_base=perplexity(base, inputs.labels, task),
+        perplexity_adapter=perplexity(adapter, inputs.labels, task),
+        perplexity_merged=perplexity(merged, inputs.labels, task),
         perplexity_tokens=sum(_labelled(label, task) for label in inputs.labels),
     )
 
@@ -107,17 +107,26 @@ def _targets(label: Tensor, task: str) -> Tensor:
     return torch.cat([label[1:], label.new_tensor([-100])])
 
 
-def _perplexity(
+def losses(
     outputs: Sequence[Tensor], labels: Sequence[Tensor | None], task: str
-) -> float | None:
-    """exp of the mean negative log-likelihood of the labelled tokens; None without labels."""
-    loss, tokens = 0.0, 0
+) -> list[tuple[float, int]]:
+    """Of each example with labels, the summed negative log-likelihood of its labelled tokens, and their number."""
+    found = []
     for logits, label in zip(outputs, labels, strict=True):
         if label is None:
             continue
         targets = _targets(label, task)
-        loss += torch.nn.functional.cross_entropy(
+        loss = torch.nn.functional.cross_entropy(
             logits.double(), targets, ignore_index=-100, reduction="sum"
         ).item()
-        tokens += int((targets != -100).sum())
-    return math.exp(min(loss / tokens, 700)) if tokens else None
+        found.append((loss, int((targets != -100).sum())))
+    return found
+
+
+def perplexity(
+    outputs: Sequence[Tensor], labels: Sequence[Tensor | None], task: str
+) -> float | None:
+    """exp of the mean negative log-likelihood of the labelled tokens; None without labels."""
+    found = losses(outputs, labels, task)
+    tokens = sum(count for _, count in found)
+    return math.exp(min(sum(loss for loss, _ in found) / tokens, 700)) if tokens else None

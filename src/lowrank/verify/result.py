@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 TENSOR_TOLERANCE = (
@@ -9,6 +10,10 @@ TENSOR_TOLERANCE = (
 )
 DEFAULT_TOLERANCE = 0.1  # of the adapter's effect on the outputs
 NOISE = 1e-5  # of the outputs' size: differences below are float32's own, between two right models
+
+# the weights that the change of an adapter trained on a quantised base is added to
+DEQUANTISED, ORIGINAL = "dequantised", "original"
+ONTO = (DEQUANTISED, ORIGINAL)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,31 @@ class OutputCheck:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """What an adapter trained on a quantised base can be merged onto: both, as they would be written.
+
+    Each `OutputCheck` has the quantised base as "base", the quantised base + adapter, which is what was trained, as
+    "adapter", and the candidate as "merged".
+    """
+
+    quantisation: str  # of the base that the adapter was trained on, in words
+    dtype: str  # that both are rounded to
+    dequantised: OutputCheck  # what the quantised weights stand for, + ΔW
+    original: OutputCheck  # the weights that were quantised, + ΔW
+    original_base: float | None  # the perplexity of the original base without the adapter
+    gain: float | None = (
+        None  # loss of the dequantised candidate − of the original one, nats a supervised token
+    )
+    gain_error: float | None = None  # its standard error, over the examples
+    onto: str = DEQUANTISED  # the one to write
+    why: str = ""
+
+    @property
+    def by_name(self) -> dict[str, OutputCheck]:
+        return {DEQUANTISED: self.dequantised, ORIGINAL: self.original}
+
+
+@dataclass(frozen=True)
 class Verification:
     """The result of `verify`. `passed` is the verdict, `reasons` why not, `warnings` what to know."""
 
@@ -92,6 +122,10 @@ class Verification:
     unexpected: list[str] = field(default_factory=list)  # tensors it has and its model does not
     tied_base: bool | None = None  # input and output embeddings are one tensor; None: no such pair
     tied_merged: bool | None = None
+    onto: str | None = (
+        None  # of a quantised base: ΔW on its weights "dequantised", or on the "original" ones
+    )
+    candidates: Candidates | None = None  # both of these, against the quantised base + adapter
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -179,6 +213,25 @@ def judge_outputs(
             f"(tolerance {tolerance:.1%}).{advice}"
         )
     return reasons, warnings
+
+
+def judge_onto(onto: str, candidates: Candidates) -> list[str]:
+    """What to know of a folder that is not what was trained: a right merge, and yet another model."""
+    check = candidates.by_name[onto]
+    if onto == DEQUANTISED or check.relative_difference is None:
+        return []
+    kept = candidates.dequantised.relative_difference or 0.0
+    losses = ""
+    if check.perplexity_merged and check.perplexity_adapter:
+        was, here = math.log(check.perplexity_adapter), math.log(check.perplexity_merged)
+        losses = (
+            f" Its loss on the given rows is {here:.4f}, in training's form {was:.4f} nats a token."
+        )
+    return [
+        f"The adapter was trained on a base quantised to {candidates.quantisation}, and this folder holds the original "
+        f"weights + ΔW: its outputs differ from those of training by {check.relative_difference:.1%} of the adapter's "
+        f"effect, where the dequantised weights + ΔW differ by {kept:.1%}.{losses}"
+    ]
 
 
 def judge_ties(
