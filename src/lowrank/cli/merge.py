@@ -84,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
         onto=args.onto,
         inputs=inputs,
     )
-    text.show(
-        text.merged(written, candidates=args.no_verify), sys.stderr if args.json else None
-    )
+    text.show(text.merged(written, candidates=args.no_verify), sys.stderr if args.json else None)
     if args.no_verify:
         return 0
     if not args.json:
