@@ -15,6 +15,7 @@ compared with float64.
 
 import argparse
 import json
+import logging
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -144,12 +146,21 @@ def check(base: Path, adapter: Path, out: Path, r: int) -> None:
         raise SystemExit(f"{wrong:.2%} of the merged weights are wrong: nothing is timed")
 
 
-def timed(run, out: Path) -> float:
-    start = time.perf_counter()
+class Took(NamedTuple):
+    seconds: float
+    cpu: float  # seconds of all threads together
+
+
+def timed(run, out: Path) -> Took:
+    start, cpu = time.perf_counter(), time.process_time()
     run()
-    seconds = time.perf_counter() - start
+    took = Took(time.perf_counter() - start, time.process_time() - cpu)
     shutil.rmtree(out)
-    return seconds
+    return took
+
+
+def medians(all_took: list[Took]) -> Took:
+    return Took(*(statistics.median(values) for values in zip(*all_took, strict=True)))
 
 
 def copy(base: Path, out: Path) -> None:
@@ -181,6 +192,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     args = parser.parse_args()
 
+    logging.getLogger("lowrank").setLevel(logging.ERROR)  # the adapter has no fingerprint
     with tempfile.TemporaryDirectory(prefix="lowrank-merge-", dir=args.folder) as name:
         base, adapter, out = (Path(name) / part for part in ("base", "adapter", "out"))
         params = write_base(base, args.layers, args.shards)
@@ -198,7 +210,7 @@ def main() -> None:
         ours = in_a_process(OURS, base, adapter, out)
         peft = in_a_process(PEFT, base, adapter, out) if args.peft else None
 
-    copied, merged = statistics.median(copies), statistics.median(merges)
+    copied, merged = medians(copies), medians(merges)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     result = {
         "parameters": params,
@@ -206,7 +218,7 @@ def main() -> None:
         "r": args.r,
         "copy_seconds": copies,
         "merge_seconds": merges,
-        "ratio": merged / copied,
+        "ratio": merged.seconds / copied.seconds,
         "rounding": written.overall_rounding,
         "process": ours,
         "peft": peft,
@@ -219,9 +231,10 @@ def main() -> None:
     print(
         f"{params / 1e9:.2f}B parameters, {size / 1e9:.2f} GB, rank {args.r}, {args.shards} files"
     )
-    print(f"  copy   {copied:6.2f} s  (of {', '.join(f'{t:.2f}' for t in copies)})")
-    print(f"  merge  {merged:6.2f} s  (of {', '.join(f'{t:.2f}' for t in merges)})")
-    print(f"  merge / copy  {merged / copied:.2f}")
+    for what, took, each in (("copy ", copied, copies), ("merge", merged, merges)):
+        seconds = ", ".join(f"{t.seconds:.2f}" for t in each)
+        print(f"  {what}  {took.seconds:6.2f} s  (of {seconds}), {took.cpu:.2f} s of CPU")
+    print(f"  merge / copy  {merged.seconds / copied.seconds:.2f}")
     for who, one in (("lowrank", ours), ("PEFT", peft)):
         if one:
             print(
