@@ -43,6 +43,16 @@ class Case:
     rounding: float = 1.0
     # methods that plan() refuses beside those of REFUSED in the test, and a word of the reason
     refused: dict[str, str] = field(default_factory=dict)
+    # a layer in few bits -> what its weight stands for, (out, in), worked out again
+    dequantised: Callable[[Any], Tensor] | None = None
+    # how far off a weight is that is merged into few bits, ‖found − exact‖ / ‖exact‖; None: cannot be written
+    merged_off: float | None = 0.0
+
+    def W(self, module: nn.Module) -> Tensor:
+        """The weight that the module holds, in matrix form and float64."""
+        if self.dequantised is not None:
+            return self.dequantised(module).detach().double()
+        return self.matrix(module._parameters[self.weight].detach().double())
 
     @property
     def place(self) -> str:

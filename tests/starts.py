@@ -75,14 +75,13 @@ class Base:
 def base_of(case: Case, layer: nn.Module, init: str, s: float, data: Data, found: tuple) -> Base:
     """layer: the original one. found: A₀ and B₀ as the initialisation left them, for signs alone."""
     held = layer.get_submodule(case.place)
-    stored = held._parameters[case.weight].detach()
-    W = case.matrix(stored.double())
-    bias = held._parameters.get(case.bias)
+    W = case.W(held)
+    bias = getattr(held, case.bias, None)
     bias = None if bias is None else bias.detach().double()
     if init == "random":
         return Base(W, bias, W, 0.0, None)
     if init == "loftq":
-        Q = normal_float(W).to(stored.dtype).double()
+        Q = normal_float(W).to(held._parameters[case.weight].dtype).double()
         return Base(W, bias, Q, 0.0, best(W - Q))
     if init in TAKEN_OUT:
         out = formula(case, layer, init, W, s, data, found)
@@ -141,7 +140,7 @@ def normal_float(W: Tensor) -> Tensor:
 
 def met_by(case: Case, data: Data) -> Tensor:
     """The vectors that W meets, (rows, in): what a weight with a single 1 in it picks out of the input."""
-    weight = case.matrix(case.layer._parameters[case.weight])
+    weight = case.W(case.layer)
     groups = getattr(case.layer, "groups", 1)
     columns = []
     for j in range(weight.shape[1]):

@@ -261,8 +261,8 @@ def check_forward(case: Case, model: PeftModel, want: Exact, x: Tensor) -> None:
     layer = the_layer(model)
     x = x.clone().requires_grad_() if x.is_floating_point() else x
     y = model(x)
-    dtype = layer.get_base_layer()._parameters[case.weight].dtype
-    assert y.dtype == dtype
+    dtype = y.dtype
+    assert dtype == held_dtype(case, layer, x)
     x64 = x.detach().double().requires_grad_() if x.is_floating_point() else x
     y64 = case.truth(want.W, want.bias, x64)
     assert off(y, y64.detach()) < case.rounding * TOLERANCE[dtype]
@@ -282,34 +282,51 @@ def check_forward(case: Case, model: PeftModel, want: Exact, x: Tensor) -> None:
     assert all(p.grad is None for p in layer.get_base_layer().parameters())
 
 
+def held_dtype(case: Case, layer: LoraLayer, x: Tensor) -> torch.dtype:
+    """The weight's; what is in few bits computes in x's."""
+    if case.dequantised is not None:
+        return x.dtype
+    return layer.get_base_layer()._parameters[case.weight].dtype
+
+
 def check_merge(case: Case, model: PeftModel, want: Exact, x: Tensor) -> None:
     layer = the_layer(model)
     base = layer.get_base_layer()
     with torch.no_grad():
         before = model(x)
-    originals = {name: (p, bits(p)) for name, p in base.named_parameters()}
-    if "bias" in want.leaves and base._parameters.get(case.bias) is None:
-        with pytest.raises(MergeError, match="bias"):
+    originals = dict(base.named_parameters())
+    held, bias = bits(case.W(base)), bits_of_bias(case, base)
+    if case.merged_off is None or ("bias" in want.leaves and bias is None):
+        why = "bias" if case.merged_off is not None else "can be read and not written"
+        with pytest.raises(MergeError, match=why):
             model.merge_adapter()
         assert not layer.merged
     else:
         model.merge_adapter()
         assert layer.merged
-        merged = base._parameters[case.weight]
-        dtype = merged.dtype
-        assert dtype == before.dtype
-        assert_rounded_once(case.matrix(merged), want.W.detach(), dtype)
+        dtype, merged = before.dtype, case.W(base)
+        if case.merged_off:
+            assert off(merged, want.W.detach()) < case.merged_off
+        else:
+            assert base._parameters[case.weight].dtype == dtype
+            assert_rounded_once(merged, want.W.detach(), dtype)
+            merged = want.W.detach()
         if want.bias is not None:
             assert_rounded_once(base._parameters[case.bias], want.bias.detach(), dtype)
         with torch.no_grad():
-            y64 = case.truth(want.W, want.bias, x.double() if x.is_floating_point() else x)
+            y64 = case.truth(merged, want.bias, x.double() if x.is_floating_point() else x)
             assert off(model(x), y64) < case.rounding * TOLERANCE[dtype]
         model.unmerge_adapter()
     for name, p in base.named_parameters():
-        assert p is originals[name][0]
-        assert bits(p) == originals[name][1]
+        assert p is originals[name]
+    assert (bits(case.W(base)), bits_of_bias(case, base)) == (held, bias)
     with torch.no_grad():
         assert bits(model(x)) == bits(before)
+
+
+def bits_of_bias(case: Case, base: nn.Module) -> bytes | None:
+    bias = base._parameters.get(case.bias)
+    return None if bias is None else bits(bias)
 
 
 def assert_rounded_once(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -51,7 +51,8 @@ def _layer_keys(path: str, chain: list[LoraLayer], adapter_name: str) -> dict[st
     places = [(layer, path + ".base_layer" * i) for i, layer in enumerate(chain)]
     order = list(chain[0].get_base_layer()._parameters)
     places = [(layer, place) for layer, place in places if adapter_name in layer.r]
-    places.sort(key=lambda found: order.index(found[0].kind.weight), reverse=True)
+    if len(places) > 1:
+        places.sort(key=lambda found: order.index(found[0].kind.weight), reverse=True)
     return {
         f"{path}{'.base_layer' * depth}.{file_key(name, adapter_name)}": f"{place}.{name}"
         for depth, (layer, place) in enumerate(places)
