@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,6 @@ from lowrank.model_folder import (
     base_of,
     dequantised,
     file_of,
-    has_tokenizer,
     is_tied,
     load_base,
     load_config,
@@ -37,6 +34,7 @@ from lowrank.model_folder import (
     stored_tensors,
     task_of,
 )
+from lowrank.new_folder import GENERATION, check_out, complete_folder, copy_rest
 from lowrank.quantisation import Quantisation
 from lowrank.quantised_base import METADATA_KEY, from_json, round_weights, to_json
 from lowrank.unload import say_untied
@@ -45,20 +43,6 @@ from lowrank.verify.inputs import Example
 from lowrank.verify.result import DEQUANTISED, ONTO, Candidates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GENERATION = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -127,7 +111,7 @@ def merge_to_folder(
     job = _Job(str(base), str(adapter), file, task, revision, target, covariances or {})
     job = _with_onto(job, onto, inputs)
 
-    with _complete_folder(out) as folder:
+    with complete_folder(out) as folder:
         try:
             with one_thread_each() as workers:
                 written, built = _streamed(job, folder, workers), None
@@ -141,7 +125,8 @@ def merge_to_folder(
             for rest in folder.iterdir():
                 rest.unlink()
             written = _in_model(job, folder)
-        tokenizer = _copy_rest(job, folder)
+        tokenizers = ((job.adapter, None), (job.base, job.revision))
+        tokenizer = copy_rest(folder, job.base, job.revision, tokenizers)
     rounding = sorted(written.rounding, key=lambda row: -row.loss)
     change = sum(row.change**2 for row in rounding)
     noise = sum((row.loss * row.change) ** 2 for row in rounding)
@@ -327,23 +312,6 @@ def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     )
 
 
-def check_out(out: Path, sources: Iterable[str | Path | None], overwrite: bool) -> None:
-    """Raises MergeError if `out` is read, or holds something that is not to be replaced."""
-    for source in sources:
-        if (
-            source
-            and Path(source).exists()
-            and Path(source).resolve().is_relative_to(out.resolve())
-        ):
-            raise MergeError(
-                f"{out} is or holds {source}, which the merge reads. Name another output folder."
-            )
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise MergeError(
-            f"{out} exists. Name another output folder, or overwrite it (--overwrite)."
-        )
-
-
 def _rounding(all_changes: Iterable[Change], dtypes: Mapping[str, torch.dtype]) -> list[Rounding]:
     rows = []
     for change in all_changes:
@@ -375,56 +343,3 @@ def _cast(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
 
 def _finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
-
-
-@contextmanager
-def _complete_folder(out: Path):
-    """A folder to write into, which becomes `out` in one rename, or nothing at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    work.mkdir()
-    try:
-        yield work
-        if out.exists():
-            out.rename(old)
-        work.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for rest in (work, old):
-            shutil.rmtree(rest, ignore_errors=True)
-
-
-def _copy_rest(job: _Job, folder: Path) -> str | None:
-    """What lies beside the weights of a model: the base's, and the tokenizer, whose folder is returned."""
-    for name in (GENERATION, *PROCESSOR_FILES):
-        _copy(job.base, name, job.revision, folder)
-    for source, at in ((job.adapter, None), (job.base, job.revision)):
-        if has_tokenizer(source, at):
-            _copy_tokenizer(source, at, folder)
-            return source
-    return None
-
-
-def _copy_tokenizer(source: str, revision: str | None, folder: Path) -> None:
-    """The tokenizer's files, byte for byte; its class says what they are called."""
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except Exception as error:  # tokenizers raises just this
-        raise MergeError(
-            f"{source} has a tokenizer that transformers cannot read: {error}"
-        ) from error
-    for name in {*TOKENIZER_FILES, *tokenizer.vocab_files_names.values()}:
-        _copy(source, name, revision, folder)
-    templates = Path(source) / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
-
-
-def _copy(source: str, name: str, revision: str | None, folder: Path) -> None:
-    path = file_of(source, name, revision)
-    if path is not None:
-        shutil.copyfile(path, folder / name)

@@ -82,7 +82,7 @@ def write_files(
             + "\n  ".join(lost[:10])
             + "\nIf the dtype is too narrow for them, merge in float32: --dtype float32."
         )
-    _write_index(folder, layouts)
+    write_index(folder, layouts)
     return [result.rounding for result in results if result.rounding is not None]
 
 
@@ -166,7 +166,8 @@ def one_thread_each() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _write_index(folder: Path, layouts: Mapping[str, Layout]) -> None:
+def write_index(folder: Path, layouts: Mapping[str, Layout]) -> None:
+    """Which file holds which tensor, where there are several files."""
     if len(layouts) == 1:
         return
     size = sum(place.bytes - len(place.head) for place in layouts.values())

@@ -115,7 +115,8 @@ def load_model(
 
     dtype: "auto" keeps the stored one. any_shape: tensors that do not fit the config are reported
     instead of raised. Tensors that the folder lacks (a head that the adapter brings)
-    are initialised with seed 0. Raises ModelFolderError.
+    are initialised with seed 0. Raises ModelFolderError, also for one that is
+    stored quantised.
     """
     import transformers
 
@@ -123,6 +124,9 @@ def load_model(
         raise ModelFolderError(
             f"No model class is known for task_type={task!r}. Known: {', '.join(TASKS)}."
         )
+    by = quantised_by(load_config(folder, revision))
+    if by is not None:
+        raise _quantised_error(folder, by)
     stored_tensors(folder, revision)  # files that are cut off or missing are told here, by name
     auto = getattr(transformers, TASKS[task][0])
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -140,8 +144,6 @@ def load_model(
             raise ModelFolderError(
                 f"{folder} cannot be loaded with {TASKS[task][0]}: {error}"
             ) from error
-    if getattr(model, "is_quantized", False):
-        raise _quantised_error(folder, quantised_by(model.config))
     misshapen = sorted(str(key[0]) for key in info["mismatched_keys"])
     return Loaded(
         model.eval(), sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), misshapen

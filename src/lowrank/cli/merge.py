@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lowrank.cli.opening import OpeningError
-    from lowrank.merge import check_out, merge_to_folder
+    from lowrank.merge import merge_to_folder
+    from lowrank.new_folder import check_out
     from lowrank.report import text
 
     if args.no_verify and args.json:

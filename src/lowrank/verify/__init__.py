@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lowrank.adapter_file import Adapter, save_tensors
 from lowrank.expected import Change, changes, transposed_weights
@@ -186,22 +187,29 @@ def _onto(
     if not layers:
         return None, {}
     onto = said.get("onto")
-    return onto if onto in ONTO else _nearer(layers, model, merged), layers
+    return onto if onto in ONTO else _nearer(file, layers, model, merged), layers
 
 
-def _nearer(layers: Mapping[str, Quantisation], model: Any, merged: Any) -> str:
-    """Which weights another program has merged onto: ΔW has few directions, and the rounding error none of them."""
-    off = dict.fromkeys(ONTO, 0.0)
-    there = merged.state_dict()
-    for path, quantisation in list(layers.items())[:8]:
-        held = model.get_submodule(path)
-        M = there.get(f"{path}.weight")
-        if M is None or M.shape != held.weight.shape:
-            continue
-        W, Q = held.weight, rounded_weight(held, quantisation)
-        off[DEQUANTISED] += (M - Q).square().sum().item()
-        off[ORIGINAL] += (M - W).square().sum().item()
-    return min(ONTO, key=lambda name: off[name])
+def _nearer(file: Adapter, layers: Mapping[str, Quantisation], model: Any, merged: Any) -> str:
+    """Which weights another program has merged onto: those that one adapted layer stands on."""
+    weights, there = model.state_dict(), merged.state_dict()
+    names = {f"{path}.weight": path for path in layers}
+
+    def distance(of: Mapping[str, Tensor], wanted: str | None = None) -> tuple[str, float]:
+        turned = transposed_weights(model)
+        for change in changes(of, file.tensors, file.config, turned, file.start):
+            if change.name == wanted or (wanted is None and change.name in names):
+                M = there.get(change.name, torch.empty(0)).double()
+                off = (M - change.after).norm().item() if M.shape == change.after.shape else 0.0
+                return change.name, off
+        return "", 0.0
+
+    name, original = distance(weights)
+    if not name:
+        return ORIGINAL
+    path = names[name]
+    Q = rounded_weight(model.get_submodule(path), layers[path])
+    return DEQUANTISED if distance({**weights, name: Q}, name)[1] < original else ORIGINAL
 
 
 @contextmanager

@@ -7,7 +7,6 @@ the original has no quantisation error, and ΔW was not trained for it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from lowrank.quantisation import Quantisation
 from lowrank.quantised_base import in_words, round_weights
 from lowrank.verify import probe
 from lowrank.verify.inputs import Example, Inputs, inputs_for
-from lowrank.verify.outputs import compare_outputs, losses, perplexity
+from lowrank.verify.outputs import compare_outputs, losses, mean_difference, perplexity
 from lowrank.verify.result import DEQUANTISED, ONTO, ORIGINAL, Candidates
 from lowrank.wrappers import lora_layers
 
@@ -113,8 +112,7 @@ def _decided(
     found: Candidates, seen: list[tuple[float, int]], other: list[tuple[float, int]]
 ) -> Candidates:
     """`found` with the verdict. The original is written only if its loss is lower beyond what chance explains."""
-    tokens = sum(count for _, count in seen)
-    if not tokens:
+    if not sum(count for _, count in seen):
         shares = {name: check.relative_difference or 0.0 for name, check in found.by_name.items()}
         onto = min(ONTO, key=lambda name: shares[name])
         why = (
@@ -122,12 +120,7 @@ def _decided(
             f"{shares[onto]:.2%} of the adapter's effect, the other by {max(shares.values()):.2%}"
         )
         return replace(found, onto=onto, why=why)
-    gains = [one - two for (one, _), (two, _) in zip(seen, other, strict=True)]
-    gain = sum(gains) / tokens
-    # of a ratio of two sums over examples, tokens counted: Cochran, Sampling Techniques, §2.11
-    apart = [g - gain * count for g, (_, count) in zip(gains, seen, strict=True)]
-    n = len(apart)
-    error = math.sqrt(sum(a * a for a in apart) * n / (n - 1)) / tokens if n > 1 else math.inf
+    gain, error = mean_difference(seen, other)
     by = f"by {abs(gain):.4f} ± {error:.4f} nats a token"
     if gain > _SURE * error:
         onto, why = ORIGINAL, f"its loss is lower {by}"

@@ -123,6 +123,21 @@ def losses(
     return found
 
 
+def mean_difference(
+    one: Sequence[tuple[float, int]], other: Sequence[tuple[float, int]]
+) -> tuple[float, float]:
+    """The loss of `one` − that of `other`, nats a token over the same examples, and its standard error.
+
+    The error is that of a ratio of two sums over the examples: Cochran, Sampling Techniques, §2.11. Infinite for one
+    example.
+    """
+    tokens, n = sum(count for _, count in one), len(one)
+    gains = [a - b for (a, _), (b, _) in zip(one, other, strict=True)]
+    gain = sum(gains) / tokens
+    apart = sum((g - gain * count) ** 2 for g, (_, count) in zip(gains, one, strict=True))
+    return gain, math.sqrt(apart * n / (n - 1)) / tokens if n > 1 else math.inf
+
+
 def perplexity(
     outputs: Sequence[Tensor], labels: Sequence[Tensor | None], task: str
 ) -> float | None:
