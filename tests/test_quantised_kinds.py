@@ -33,7 +33,7 @@ import lowrank
 from lowrank import LoraConfig, Quantisation
 from lowrank.bases.kinds import kind_of, quantisation_of
 from lowrank.bases.quantised_linear import QuantisedLinear
-from lowrank.errors import TargetError
+from lowrank.errors import MergeError, TargetError
 from lowrank.lora import initial_magnitude
 
 BITSANDBYTES = [kind for kind in QUANTISED if kind.startswith("Linear")]
@@ -138,6 +138,36 @@ def pickled(model):
     for m in (model, other):
         m.base_model.model.call = lambda layer, x: layer(x)
     return other
+
+
+@pytest.mark.parametrize("kind", ["nf4", "Linear8bitLt"])
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_merge_says_what_rounding_took(kind, for_good, caplog):
+    torch.manual_seed(0)
+    case = QUANTISED[kind](torch.float32)
+    model = lowrank.get_peft_model(Holder(case), config(case, init_lora_weights=False))
+    layer = the_layer(model)
+    W, change = case.W(case.layer), layer.get_delta_weight("default").detach().double()
+    model.merge_and_unload() if for_good else model.merge_adapter()
+    loss = (case.W(case.layer) - W - change).norm() / change.norm()
+    [line] = [r.getMessage() for r in caplog.records if r.name == "lowrank"]
+    assert f"took {loss:.2g} times what the adapters add (median of 1 layers)" in line
+    assert str(EXPECTED[kind]) in line
+
+
+def test_a_base_that_cannot_be_written_is_refused_before_anything_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), QUANTISED["GPTQ"](torch.float32).layer)
+    model = lowrank.get_peft_model(
+        model, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    )
+    before = bits(model.base_model.model[0].base_layer.weight)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            MergeError, match=r"1: TorchQuantLinear .*int4 in blocks of 16 \(gptq\)"
+        ):
+            merge()
+    assert bits(model.base_model.model[0].base_layer.weight) == before
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

@@ -70,6 +70,7 @@ class LoraLayer(nn.Module):
         self._disabled = False
         self._initial_scaling: dict[str, float] = {}
         self.norms: dict[str, Any] = {}  # what DoRA's forward remembers
+        self.merge_loss: float | None = None  # of the last merge into few bits, see `_rounded_off`
         self._unmerged: Any = None  # snapshot of the weight and bias while something is merged
         # the weight that is not in its place now: the original under LoftQ's quantised one, or, while the
         # adapters are disabled, the quantised one
@@ -583,11 +584,20 @@ class LoraLayer(nn.Module):
             if self._unmerged is None:
                 self._unmerged = (self._store.snapshot(), bias)
             self._store.write(weight)
+            self.merge_loss = self._rounded_off(weight)
             if bias is not None and new_bias is not None:
                 base._parameters[self.kind.bias] = nn.Parameter(
                     new_bias, requires_grad=bias.requires_grad
                 )
         self.merged_adapters = names
+
+    def _rounded_off(self, weight: Tensor) -> float | None:
+        """How far what is stored is from `weight`, as a share of how far that is from W; None where nothing is rounded."""
+        store = self._store
+        if store.exact:
+            return None
+        change = (weight - self.unmerged_weight()).norm()
+        return ((store.read() - weight).norm() / change).item() if change > 0 else None
 
     def _refuse_to_merge(self, new: list[str], names: list[str]) -> None:
         """Raises MergeError if `new` cannot be merged. names: all that would then be merged."""
@@ -615,7 +625,7 @@ class LoraLayer(nn.Module):
         self._store.restore(weight)
         if bias is not None:
             self.get_base_layer()._parameters[self.kind.bias] = bias
-        self._unmerged, self.merged_adapters = None, []
+        self._unmerged, self.merged_adapters, self.merge_loss = None, [], None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraLayer":
         """`.to()` and the like also take along what `unmerge` will put back."""

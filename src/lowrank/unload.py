@@ -1,6 +1,7 @@
 """Merging every adapter of a model into its base, taking that back, and leaving the plain base model."""
 
 import inspect
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.bases.kinds import quantisation_of
 from lowrank.errors import MergeError
 from lowrank.inject import eject
 from lowrank.layer import LoraLayer
 from lowrank.layer_replication import keep, restore
+from lowrank.log import logger
 from lowrank.saved_module import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import inner, lora_layers, mergeable, wrappers
@@ -36,6 +39,7 @@ def merge_all(model: nn.Module, adapter_names: Sequence[str] | None = None) -> N
                 layer.merge(adapter_names=merged)
         raise
     _keep_tied(pairs)
+    _say_what_rounding_took(model)
 
 
 def unmerge_all(model: nn.Module) -> None:
@@ -96,6 +100,24 @@ def _merge_for_good(model: nn.Module, names: list[str] | None) -> None:
             raise MergeError(f"{path}: {error}{advice if done else ''}") from error
         layer.forget_unmerged()
     _keep_tied(pairs)
+    _say_what_rounding_took(model)
+
+
+def _say_what_rounding_took(model: nn.Module) -> None:
+    """One line in the log after a merge into weights of few bits: what it lost, against what it was to add."""
+    merged = [
+        (layer.merge_loss, quantisation_of(layer.get_base_layer()))
+        for _, layer in lora_layers(model)
+        if layer.merge_loss is not None and layer.merged
+    ]
+    if merged:
+        logger.warning(
+            "Merged into weights in %s: rounding them took %.2g times what the adapters add (median of %d layers). To keep "
+            "it all, merge into the 16-bit base (lowrank merge), or leave the adapter beside this one.",
+            merged[0][1],
+            statistics.median(loss for loss, _ in merged),
+            len(merged),
+        )
 
 
 def _check_mergeable(model: nn.Module, names: list[str] | None) -> None:
@@ -110,6 +132,10 @@ def _check_mergeable(model: nn.Module, names: list[str] | None) -> None:
                 raise MergeError(f"{path}: {why}")
         if isinstance(wrapper, ModulesToSaveWrapper):
             continue
+        if isinstance(wrapper, LoraLayer) and not wrapper.r.keys().isdisjoint(wanted):
+            why = wrapper.kind.store(wrapper.get_base_layer()).read_only
+            if why:
+                raise MergeError(f"{path}: {why}")
         for name in wanted:
             for key, parameter in (
                 wrapper.adapter_parameters(name).items() if name in wrapper.adapters else ()
