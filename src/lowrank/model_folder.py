@@ -109,14 +109,14 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
     any_shape: bool = False,
+    quantised: bool = False,
     **options: Any,
 ) -> Loaded:
     """The model in `folder` with transformers' class for `task`, in evaluation mode, on the CPU.
 
     dtype: "auto" keeps the stored one. any_shape: tensors that do not fit the config are reported
-    instead of raised. Tensors that the folder lacks (a head that the adapter brings)
-    are initialised with seed 0. Raises ModelFolderError, also for one that is
-    stored quantised.
+    instead of raised. quantised: whether the folder may be stored so; else it is refused. Tensors that
+    the folder lacks (a head that the adapter brings) are initialised with seed 0. Raises ModelFolderError.
     """
     import transformers
 
@@ -125,7 +125,7 @@ def load_model(
             f"No model class is known for task_type={task!r}. Known: {', '.join(TASKS)}."
         )
     by = quantised_by(load_config(folder, revision))
-    if by is not None:
+    if by is not None and not quantised:
         raise _quantised_error(folder, by)
     stored_tensors(folder, revision)  # files that are cut off or missing are told here, by name
     auto = getattr(transformers, TASKS[task][0])

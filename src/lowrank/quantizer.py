@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank.bases.quantised_linear import QuantisedLinear
 from lowrank.quantisation import Quantisation
+from lowrank.quantising import quantisable
 
 METHOD = "lowrank"
 _KEPT = "_kept_while_loading"
@@ -44,8 +45,8 @@ class QuantizationConfig(QuantizationConfigMixin):
 
     format: "nf4", "fp4" or "int8". double: the scales of the 4-bit formats in 8 bits too. block_size: entries that
     share a scale (None: 64; int8 has one scale a row). compute_dtype: of the products, a torch.dtype or its name
-    (None: the input's). skip_modules: names of layers that stay as they are, in place of those that transformers
-    leaves out: the output embedding, and what is tied. Raises ConfigError for an unknown format.
+    (None: the input's). skip_modules: names of layers that stay as they are, in place of the output embedding; once
+    loaded, all that did. Raises ConfigError for an unknown format.
     """
 
     def __init__(
@@ -187,7 +188,8 @@ class Quantizer(HfQuantizer):
         return [WeightConverter(list(_SAVED), "weight", [Restore()])]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self.paths = set(quantised_paths(model, self.quantization_config.skip_modules))
+        which = stored_paths if self.pre_quantized else quantisable
+        self.paths = set(which(model, self.quantization_config.skip_modules))
         if self.pre_quantized:  # layers that wait for their codes
             for path in self.paths:
                 self.install(model, path, None)
@@ -202,6 +204,8 @@ class Quantizer(HfQuantizer):
             for one in model._weight_conversions
             if not any(isinstance(step, Restore) for step in getattr(one, "operations", ()))
         ]
+        # bitsandbytes would quantise some that we do not: those that are taken, and never called
+        self.quantization_config.skip_modules = list(linear_layers(model))
         model.is_loaded_in_4bit = self.quantization_config.format != "int8"
         model.is_loaded_in_8bit = self.quantization_config.format == "int8"
         return model
@@ -257,13 +261,14 @@ def keep(layer: QuantisedLinear) -> None:
         held._is_hf_initialized = True  # type: ignore[union-attr]
 
 
-def quantised_paths(model: Any, skip_modules: list[str] | None = None) -> Iterator[str]:
-    """The layers of a model (of the meta device too) that are quantised, as with bitsandbytes.
-
-    All of nn.Linear itself and GPT-2's Conv1D but skip_modules; None: the output embedding, and what is tied.
-    """
-    skip = HfQuantizer.get_modules_to_not_convert(model, skip_modules, model._keep_in_fp32_modules)
+def linear_layers(model: nn.Module) -> Iterator[str]:
+    """What bitsandbytes' layers can stand for: nn.Linear itself, and GPT-2's Conv1D."""
     for path, module in model.named_modules():
-        plain = type(module) is nn.Linear or isinstance(module, Conv1D)
-        if plain and should_convert_module(path, skip):
+        if type(module) is nn.Linear or isinstance(module, Conv1D):
             yield path
+
+
+def stored_paths(model: Any, skip_modules: list[str] | None) -> Iterator[str]:
+    """The layers that a stored model has quantised, by bitsandbytes' rule: all that its config does not skip."""
+    skip = HfQuantizer.get_modules_to_not_convert(model, skip_modules, model._keep_in_fp32_modules)
+    yield from (path for path in linear_layers(model) if should_convert_module(path, skip))

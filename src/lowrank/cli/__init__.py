@@ -14,6 +14,7 @@ Nothing here imports torch: `lowrank --help` answers at once.
 import argparse
 import importlib
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -37,11 +38,16 @@ COMMANDS = {
     "convert": "write an adapter in another program's format; no model is read",
 }
 
+# what these say as they are imported (kernels that are not for this machine) is nothing to act on
+TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     if argv is None:  # a process of our own, before transformers is imported: it then knows us
         compat.install(override=True)
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -86,7 +92,10 @@ def _call(name: str, words: list[str]) -> int:
     if not strange:
         args, strange = parser.parse_known_intermixed_args(words)
     if strange:  # said before what is missing: it may be the one that was mistyped
-        parser.error(f"unknown argument {strange[0]}.{did_you_mean(strange[0], flags)}")
+        # a command may know by what names other tools call its settings
+        known = getattr(command, "ELSEWHERE", {}).get(strange[0].lstrip("-").replace("-", "_"))
+        hint = did_you_mean(strange[0], flags) if known is None else f" Did you mean --{known}?"
+        parser.error(f"unknown argument {strange[0]}.{hint.replace(': ', ' ')}")
     return command.run(args)
 
 

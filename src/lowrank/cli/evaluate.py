@@ -11,6 +11,7 @@ import argparse
 import json
 
 from lowrank.cli.arguments import whole
+from lowrank.cli.quantising import add_quantize, of_flags
 from lowrank.cli.settings import EvalSettings
 
 DEFAULT = EvalSettings()
@@ -45,6 +46,7 @@ def add_numbers(parser: argparse.ArgumentParser) -> None:
 def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_quantize(parser)
     parser.add_argument("--no-chat-template", action="store_true", help="prompts as they stand")
 
 
@@ -55,7 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.train.evaluate import evaluate
 
     rows = open_rows(args.data, "test")
-    opened = open_model(args.model, args.adapter, dtype=args.dtype, device=args.device)
+    opened = open_model(
+        args.model,
+        args.adapter,
+        dtype=args.dtype,
+        device=args.device,
+        quantisation=of_flags(args),
+    )
     template = not args.no_chat_template
     data = encode(
         rows,
@@ -74,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json:
         what = {"model": opened.path, "adapter": opened.adapter, "data": args.data}
+        what["quantisation"] = opened.quantisation and opened.quantisation.to_json()
         print(json.dumps({**what, **to_json(result)}, indent=2, ensure_ascii=False))
     else:
         _print(opened, data, result, args.samples)
@@ -89,6 +98,7 @@ def _print(opened, data, result, samples: int) -> None:
     name = opened.path if opened.adapter is None else f"{opened.path} + {opened.adapter}"
     show(Text(f" {name}", "bold"))
     facts = [
+        *([("base", f"in {opened.quantisation}")] if opened.quantisation else []),
         ("data", data.summary),
         ("loss", f"{result.loss:.4f} nats a token, over {result.tokens} tokens"),
         ("perplexity", f"{result.perplexity:.3f}"),

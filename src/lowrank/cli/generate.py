@@ -12,6 +12,7 @@ import sys
 
 from lowrank.cli.arguments import not_negative, share, whole
 from lowrank.cli.evaluate import add_loading
+from lowrank.cli.quantising import of_flags
 from lowrank.errors import LowrankError
 
 
@@ -53,7 +54,13 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.train.encode import prompt_ids, prompt_text
     from lowrank.train.evaluate import generate_batch
 
-    opened = open_model(args.model, args.adapter, dtype=args.dtype, device=args.device)
+    opened = open_model(
+        args.model,
+        args.adapter,
+        dtype=args.dtype,
+        device=args.device,
+        quantisation=of_flags(args),
+    )
     template = bool(opened.tokenizer.chat_template) and not args.no_chat_template
     turns = [{"role": "user", "content": prompt}]
     if args.system:

@@ -1,12 +1,13 @@
 """From the words of a command line to models, tokenizers and rows."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from lowrank.errors import LowrankError
+from lowrank.quantisation import Quantisation
 from lowrank.train.rows import DataError, Row, read_rows
 
 EMBEDDED = "embedded"
@@ -22,6 +23,7 @@ class Opened(NamedTuple):
     tokenizer: Any
     path: str  # of the base
     adapter: str | None
+    quantisation: Quantisation | None  # in which the base was loaded
 
 
 def model_path(name: str) -> str:
@@ -68,8 +70,12 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    quantisation: Quantisation | Literal["as named"] | None = "as named",
 ) -> Opened:
-    """A base, alone or with an adapter, for evaluation. `name` may be the adapter's folder itself."""
+    """A base, alone or with an adapter, for evaluation. `name` may be the adapter's folder itself.
+
+    quantisation: how the base is rounded while it is loaded; "as named": as the adapter's file says.
+    """
     base = adapter_base(name) if name != EMBEDDED else None
     if base is not None and adapter is None:
         if not base:
@@ -77,26 +83,62 @@ def open_model(
                 f"{name} is an adapter that does not name its base. Use: BASE --adapter {name}"
             )
         name, adapter = base, name
+    if adapter is not None and adapter_base(adapter) is None and Path(adapter).exists():
+        raise OpeningError(f"{adapter} holds no adapter: there is no adapter_config.json in it")
     path = model_path(name)
     tokenizer = open_tokenizer(path, revision)
-    model = open_base(path, dtype=dtype, device=device, revision=revision)
+    if quantisation == "as named":
+        quantisation = None if adapter is None else named_quantisation(adapter, path)
+    model = open_base(
+        path, dtype=dtype, device=device, revision=revision, quantisation=quantisation
+    )
     if adapter is not None:
         from lowrank import PeftModel
 
-        if adapter_base(adapter) is None and Path(adapter).exists():
-            raise OpeningError(f"{adapter} holds no adapter: there is no adapter_config.json in it")
         model = PeftModel.from_pretrained(model, adapter).eval()
-    return Opened(model, tokenizer, path, adapter)
+    return Opened(model, tokenizer, path, adapter, quantisation)
 
 
-def open_base(path: str, *, dtype: str, device: str, revision: str | None = None) -> nn.Module:
-    """A causal language model with all its weights, on its device."""
-    from lowrank.model_folder import load_model, refuse_lacking
+def open_base(
+    path: str,
+    *,
+    dtype: str,
+    device: str,
+    revision: str | None = None,
+    quantisation: Quantisation | None = None,
+) -> nn.Module:
+    """A causal language model with all its weights, on its device; rounded tensor by tensor if so told."""
+    from lowrank.model_folder import load_config, load_model, quantised_by, refuse_lacking
 
     where = pick_device(device)
-    loaded = load_model(path, "CAUSAL_LM", dtype=pick_dtype(dtype, where), revision=revision)
-    refuse_lacking(path, loaded.missing)
-    return loaded.model.to(where)
+    if quantisation is None and quantised_by(load_config(path, revision)) is None:
+        held = pick_dtype(dtype, where)
+        loaded = load_model(path, "CAUSAL_LM", dtype=held, revision=revision)
+        refuse_lacking(path, loaded.missing)
+        return loaded.model.to(where)
+    from lowrank.quantised_loading import load_quantised
+
+    concrete = loaded_dtype(path, dtype, device, revision)
+    return load_quantised(path, "CAUSAL_LM", quantisation, concrete, where, revision)
+
+
+def named_quantisation(adapter: str, base: str) -> Quantisation | None:
+    """How the base was quantised that the adapter was trained on, if it was, and `base` is not stored so."""
+    from lowrank.adapter_file import read_tensors
+    from lowrank.model_folder import load_config, quantised_by
+    from lowrank.quantised_base import METADATA_KEY, from_json, in_words
+    from lowrank.quantised_loading import held_here
+
+    layers = from_json(read_tensors(adapter)[1].get(METADATA_KEY))
+    if not layers or quantised_by(load_config(base)) is not None:
+        return None
+    named = set(layers.values())
+    if len(named) > 1:
+        raise OpeningError(
+            f"{adapter} was trained on a base whose layers are quantised in several ways: {in_words(layers)}.\n"
+            "Say which one to load it in: --quantize none, nf4, fp4 or int8."
+        )
+    return held_here(named.pop())
 
 
 def empty_model(path: str, revision: str | None = None) -> Any:
@@ -142,6 +184,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     return getattr(torch, dtype)
+
+
+def loaded_dtype(path: str, dtype: str, device: str, revision: str | None = None) -> torch.dtype:
+    """The dtype in which `open_base` holds what is not quantised."""
+    from lowrank.model_folder import load_config
+
+    picked = pick_dtype(dtype, pick_device(device))
+    if isinstance(picked, torch.dtype):
+        return picked
+    return getattr(load_config(path, revision), "dtype", None) or torch.float32
 
 
 def context_length(model_config: Any, wanted: int | None) -> int:

@@ -7,10 +7,13 @@ from its config alone, on the meta device. Everything that does not fit is liste
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from lowrank.cli.quantising import wanted
+from lowrank.cli.settings import ELSEWHERE as ELSEWHERE
 from lowrank.cli.settings import add_flags, resolve
 
 
@@ -30,13 +33,21 @@ def run(args: argparse.Namespace) -> int:
         flags["model.path"] = args.what
     settings = resolve(config, flags, required=("model.path",))
 
-    from lowrank import LoraConfig, plan
-    from lowrank.cli.opening import empty_model, model_path
+    from lowrank import LoraConfig, plan, quantise_model
+    from lowrank.cli.opening import empty_model, loaded_dtype, model_path
     from lowrank.layer_replication import replicate
+    from lowrank.model_size import held_bytes
+    from lowrank.report.words import amount
     from lowrank.targets import saved_modules, trained_rows
 
     lora = LoraConfig(**settings.lora)
-    model = empty_model(model_path(settings.model.path or ""), settings.model.revision)
+    path, quantisation = model_path(settings.model.path or ""), wanted(settings)
+    dtype = loaded_dtype(path, settings.model.dtype, settings.model.device, settings.model.revision)
+    model = empty_model(path, settings.model.revision).to(dtype)
+    whole = held_bytes(model)
+    if quantisation is not None:
+        quantise_model(model, dataclasses.replace(quantisation, backend="lowrank"))
+    base = held_bytes(model)
     if lora.layer_replication:
         replicate(model, lora.layer_replication)
     targets = plan(model, lora)
@@ -45,11 +56,17 @@ def run(args: argparse.Namespace) -> int:
     trained = sum(t.params for t in targets) + sum(t.params for t in rows) + sum(saved.values())
     total = _size(model) + trained
     if args.json:
-        print(
-            json.dumps(_as_json(targets, saved, rows, trained, total), indent=2, ensure_ascii=False)
-        )
+        found = _as_json(targets, saved, rows, trained, total)
+        found |= {
+            "base_bytes": base,
+            "quantisation": None if quantisation is None else quantisation.to_json(),
+        }
+        print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         _print(settings.model.path, targets, saved, rows, trained, total, every=args.all)
+        print(f" the base: {amount(whole, 'B')} of weights in {str(dtype).removeprefix('torch.')}")
+        if quantisation is not None:
+            print(f"           {amount(base, 'B')} as {quantisation}")
     return 0
 
 

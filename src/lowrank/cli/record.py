@@ -85,6 +85,8 @@ def write(
         "skill_before": result.skill_before,
         "skill_after": result.skill_after,
         "file_bytes": weights_bytes(folder),
+        "base_bytes": result.base_bytes,
+        "quantisation": None if result.quantisation is None else result.quantisation.to_json(),
     }
     text = json.dumps(to_json(record), indent=2, ensure_ascii=False) + "\n"
     (folder / "run.json").write_text(text, encoding="utf-8")
@@ -114,6 +116,7 @@ def run_report(
             Fact("training", f"{training.train_seconds:.1f} s", _pace(result)),
             Fact("whole run", f"{seconds:.1f} s", "with loading, evaluations and saving"),
             Fact("peak memory", amount(training.peak_bytes, "B"), memory_words(training)),
+            Fact("the base's weights", amount(result.base_bytes, "B"), _held(result)),
             Fact("adapter file" if lora else "weights", amount(weights_bytes(folder), "B")),
         ],
         settings=[Setting(*entry) for entry in settings.listing()],
@@ -206,6 +209,10 @@ def _samples(result: Result, count: int) -> list[Sample]:
         Sample(b.prompt, b.expected, b.answer, a.answer, None, b.exact, a.exact)
         for b, a in list(pairs)[:count]
     ]
+
+
+def _held(result: Result) -> str:
+    return "as loaded" if result.quantisation is None else f"in {result.quantisation}"
 
 
 def _pace(result: Result) -> str:

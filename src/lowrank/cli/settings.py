@@ -25,6 +25,14 @@ class ModelSettings:
         Literal["auto", "float32", "bfloat16"], "auto: float32 on a CPU, else as stored"
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto: cuda if there is one"] = "auto"
+    quantize: Annotated[
+        Literal["none", "nf4", "fp4", "int8"], "round the weights of the linear layers: QLoRA"
+    ] = "none"
+    double_quant: Annotated[bool, "4 bits: the scales in 8 bits too"] = True
+    quantize_backend: Annotated[
+        Literal["auto", "bitsandbytes", "torchao", "lowrank"],
+        "auto: bitsandbytes where it is installed, else lowrank",
+    ] = "auto"
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,13 @@ ELSEWHERE = {
     "model_name_or_path": "model.path",
     "base_model": "model.path",
     "output_dir": "output.dir",
+    "optim": "train.optimizer",
+    "load_in_4bit": "model.quantize: nf4",
+    "load_in_8bit": "model.quantize: int8",
+    "quantization": "model.quantize",
+    "bnb_4bit_quant_type": "model.quantize",
+    "bnb_4bit_use_double_quant": "model.double_quant",
+    "bnb_4bit_compute_dtype": "model.dtype",
     "max_seq_length": "data.max_length",
     "sequence_len": "data.max_length",
     "cutoff_len": "data.max_length",

@@ -12,6 +12,8 @@ import argparse
 import time
 from pathlib import Path
 
+from lowrank.cli.quantising import wanted
+from lowrank.cli.settings import ELSEWHERE as ELSEWHERE
 from lowrank.cli.settings import RunSettings, SettingsError, add_flags, resolve
 from lowrank.train.optimizers import transformers_name
 
@@ -32,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     folder = output_folder(settings, args.config)
     checkpoint = resume_from(settings, folder)
     transformers_name(settings.train.optimizer)  # what is missing is said before anything is read
+    wanted(settings)
 
     from lowrank import compat
     from lowrank.cli import record, training

@@ -18,8 +18,11 @@ from lowrank.cli.opening import (
     open_rows,
     open_tokenizer,
 )
+from lowrank.cli.quantising import wanted
 from lowrank.cli.settings import RunSettings
 from lowrank.model_folder import load_config
+from lowrank.model_size import held_bytes
+from lowrank.quantisation import Quantisation
 from lowrank.train.callbacks import Screen
 from lowrank.train.encode import Encoded, encode, pad_id
 from lowrank.train.evaluate import Evaluation, evaluate, mean_loss
@@ -53,6 +56,8 @@ class Result(NamedTuple):
     after: Evaluation | None
     skill_before: float | None
     skill_after: float | None
+    quantisation: Quantisation | None  # of the base
+    base_bytes: int  # its weights, as they were held
 
 
 def open_data(settings: RunSettings) -> Data:
@@ -83,13 +88,16 @@ def open_data(settings: RunSettings) -> Data:
 
 def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | None) -> Result:
     """Load, measure, adapt, train, save, measure again."""
+    quantisation = wanted(settings)
     path = model_path(settings.model.path or "")
     model: Any = open_base(
         path,
         dtype=settings.model.dtype,
         device=settings.model.device,
         revision=settings.model.revision,
+        quantisation=quantisation,
     )
+    base_bytes = held_bytes(model)
     before, skill_before = measure(model, settings, data)
     torch.manual_seed(settings.train.seed)  # the adapter's start
     targets: list[Any] = []
@@ -116,7 +124,9 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
     if settings.train.method == "full":
         data.tokenizer.save_pretrained(folder)
     after, skill_after = measure(model, settings, data)
-    return Result(targets, training, before, after, skill_before, skill_after)
+    return Result(
+        targets, training, before, after, skill_before, skill_after, quantisation, base_bytes
+    )
 
 
 def saved_with_adapter(settings: RunSettings) -> dict[str, Any]:
