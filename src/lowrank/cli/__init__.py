@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": "answer a prompt, with or without an adapter",
     "merge": "write base + adapter as one model folder that transformers loads",
     "verify": "prove that a merged folder is the same function as base + adapter",
+    "quantize": "write a model folder in 4 or 8 bits, with what that costs",
     "combine": "make one adapter of several; no model is read",
     "resize": "give an adapter another rank; no model is read",
     "extract": "make an adapter of the difference of two full checkpoints",

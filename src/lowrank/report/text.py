@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank.merge import MergedFolder
+from lowrank.quantise_folder import QuantisedFolder
 from lowrank.report.data import Metric, RunReport
 from lowrank.report.words import amount, number, percent
 from lowrank.verify import Candidates, OutputCheck, Verification
@@ -73,6 +74,25 @@ def merged(m: MergedFolder, candidates: bool = True) -> RenderableType:
     if m.candidates is None or not candidates:
         return _facts(facts)
     return Group(_facts(facts), "", _candidate_table(m.candidates, m.onto))
+
+
+def quantised(q: QuantisedFolder) -> RenderableType:
+    """What was written in few bits, and what that costs."""
+    worst = q.weights[0]
+    facts = [
+        ("written", f"{q.path} ({amount(q.total_bytes, 'B')}, was {amount(q.base_bytes, 'B')})"),
+        ("from", q.base),
+        (
+            "weights",
+            f"{len(q.weights)} in {q.quantisation}; as they were: {', '.join(q.kept) or 'none'}",
+        ),
+        ("off by", f"{percent(q.error)} of ‖W‖; most at {worst.name}: {percent(worst.error)}"),
+    ]
+    if q.loss is not None and q.loss_base is not None:
+        change = number(q.loss - q.loss_base, "+.4f")
+        by = f"{change} ± {number(q.loss_error, '.4f')}, {q.tokens:,} tokens"
+        facts.append(("loss", f"{q.loss_base:.4f} → {q.loss:.4f} nats a token ({by})"))
+    return _facts(facts)
 
 
 def summary(data: RunReport) -> RenderableType:
