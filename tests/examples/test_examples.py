@@ -1,10 +1,8 @@
 """Every example runs from its first line to its last, in a folder of its own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -20,13 +18,6 @@ def test_the_examples_readme_lists_every_file():
 def test_example_runs_and_is_short(path, tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 80
-    done = subprocess.run(
-        [sys.executable, path],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    done = programs.run(["python", path], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()

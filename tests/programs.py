@@ -1,0 +1,109 @@
+"""Programs, each in a process of its own that begins with torch and transformers imported: that takes most of a short one's time.
+
+A server imports them once and forks for every program. There a verification loads the merged model in the
+program's own process. What depends on the order of imports has to be run by `subprocess` instead.
+"""
+
+import atexit
+import json
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+PRELOADED = "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM"
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(words: list[str], folder: Path, timeout: int = 300) -> Done:
+    """What `lowrank …`, `python -c CODE` or `python FILE` says when it is run in `folder`, with one thread."""
+    out, err = folder / ".stdout", folder / ".stderr"
+    job = {"words": [str(word) for word in words], "folder": str(folder), "timeout": timeout}
+    server = _server()
+    print(json.dumps({**job, "out": str(out), "err": str(err)}), file=server.stdin, flush=True)
+    code = int(server.stdout.readline())
+    done = Done(code, *(path.read_text(encoding="utf-8", errors="replace") for path in (out, err)))
+    out.unlink()
+    err.unlink()
+    return done
+
+
+@cache
+def _server() -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    path = [str(p) for p in (Path(sys.executable).parent, os.environ["PATH"])]
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**environment, "PATH": os.pathsep.join(path)},
+    )
+    atexit.register(process.kill)
+    return process
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the imports print
+    exec(PRELOADED, {})
+    from folders import InProcess
+
+    import lowrank.verify
+
+    lowrank.verify._start_probe = InProcess
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if not child:
+            answers.close()
+            _become(job)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+
+
+def _become(job: dict) -> None:
+    """Runs the program, and ends the process."""
+    import signal
+
+    signal.alarm(job["timeout"])
+    os.chdir(job["folder"])
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    try:
+        code = _program(*job["words"])
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _program(program: str, *words: str) -> int | None:
+    if program == "lowrank":
+        from lowrank.cli import main
+
+        return main(list(words))
+    if words[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv, sys.path[0] = list(words), str(Path(words[0]).parent)
+        runpy.run_path(words[0], run_name="__main__")
+    return None
+
+
+if __name__ == "__main__":
+    _serve()
