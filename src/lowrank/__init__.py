@@ -65,6 +65,7 @@ _PUBLIC = {
     "preprocess_loraga": "calibration.lora_ga",
     "quantise_model": "quantising",
     "read_adapter": "adapter_file",
+    "replace_lora_weights_loftq": "loftq",
     "rows": "lora_model",
     "set_base_model_state_dict": "state",
     "set_peft_model_state_dict": "state",
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     )
     from lowrank.init_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from lowrank.layer import LoraLayer
+    from lowrank.loftq import replace_lora_weights_loftq
     from lowrank.lora import Lora, delta_weight, merged_weight
     from lowrank.lora_model import (
         LoraModel,

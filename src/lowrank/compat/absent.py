@@ -25,8 +25,7 @@ _OTHERS = (
     # between methods
     "PeftMixedModel convert_to_lora save_as_lora find_kappa_target_modules LoHaLayer LoKrLayer factorization "
     # not there yet
-    "EvaConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
-    "replace_lora_weights_loftq"
+    "EvaConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_loraga"
 )
 
 

@@ -32,6 +32,7 @@ from lowrank import (
     inject_adapter_in_model,
     load_peft_weights,
     prepare_model_for_kbit_training,
+    replace_lora_weights_loftq,
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     *absent.__all__,

@@ -6,6 +6,7 @@ from lowrank import (
     get_peft_model_state_dict,
     load_peft_weights,
     prepare_model_for_kbit_training,
+    replace_lora_weights_loftq,
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
