@@ -2,10 +2,9 @@
 
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,24 +13,26 @@ HERE = Path(__file__).parent
 # diffusers' examples/dreambooth/train_dreambooth_lora.py, which its package does not contain
 SCRIPT = os.environ.get("LOWRANK_DREAMBOOTH_SCRIPT", "")
 LIBRARIES = ("peft", "lowrank")
+AS_PEFT = """
+import os, runpy, sys
+import lowrank.compat
+lowrank.compat.install(override=True)
+sys.argv, sys.path[0] = sys.argv[1:], os.path.dirname(sys.argv[1])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def python(library: str, *arguments: object) -> None:
+def python(library: str, folder: Path, *arguments: object) -> None:
     """Runs a program in which `import peft` is answered by `library`."""
-    way = ["-m", "lowrank.compat"] if library == "lowrank" else []
-    done = subprocess.run(
-        [sys.executable, *way, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    way = ["-c", AS_PEFT] if library == "lowrank" else []
+    done = programs.run(["python", *way, *map(str, arguments)], folder)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def results(program: str, folder: Path, *arguments: str) -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for library in LIBRARIES:
-        python(library, HERE / program, *arguments, folder / library)
+        python(library, folder, HERE / program, *arguments, folder / library)
         found[library] = torch.load(folder / library / "found.pt")
     return found
 
@@ -100,7 +101,7 @@ Image.fromarray((numpy.arange(768).reshape(16, 16, 3) % 255).astype("uint8")).sa
     {str(tmp_path / "images" / "one.png")!r})
 """
     (tmp_path / "images").mkdir()
-    python("peft", "-c", make)
+    python("peft", tmp_path, "-c", make)
     options = shlex.split(
         f"--pretrained_model_name_or_path {tmp_path}/sd --instance_data_dir {tmp_path}/images "
         "--instance_prompt 'a small red house' --resolution 16 --train_batch_size 1 --seed 3 "
@@ -111,9 +112,11 @@ Image.fromarray((numpy.arange(768).reshape(16, 16, 3) % 255).astype("uint8")).sa
     for library in LIBRARIES:
         out = tmp_path / library
         run = [HERE / "with_stand_ins.py", SCRIPT, *options, "--output_dir", out]
-        python(library, *run, "--max_train_steps", 4)
+        python(library, tmp_path, *run, "--max_train_steps", 4)
         whole = load_file(out / "pytorch_lora_weights.safetensors")
-        python(library, *run, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+        python(
+            library, tmp_path, *run, "--max_train_steps", 6, "--resume_from_checkpoint", "latest"
+        )
         assert (out / "checkpoint-6").is_dir()
         resumed = load_file(out / "pytorch_lora_weights.safetensors")
         assert all(tensor.any() for tensor in whole.values())  # B, too, has left zero

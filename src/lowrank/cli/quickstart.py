@@ -21,6 +21,7 @@ from lowrank.errors import LowrankError
 
 TASK = "embedded:intents"
 EPOCHS = 5
+ANSWERS = 160  # prompts that are answered before and after a training
 RECIPE = """\
 # {title}: lowrank train {name}.yaml
 model:
@@ -35,7 +36,7 @@ train:
   {length}
   batch_size: 8
 eval:
-  generate: 160
+  generate: {answers}
   max_new_tokens: 16
 output:
   dir: {folder}
@@ -54,7 +55,12 @@ class QuickstartError(LowrankError, RuntimeError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart"), metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier quickstart")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="stop each training early")
+    parser.add_argument(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="stop each training early, and answer fewer prompts",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,6 +106,7 @@ def make_folder(wanted: Path, overwrite: bool, max_steps: int | None) -> Path:
             title=title,
             lora=lora,
             length=length,
+            answers=ANSWERS if max_steps is None else ANSWERS // 10,
             task=TASK,
             folder=folder / name,
         )
