@@ -11,7 +11,7 @@ from lowrank.adapter_file import Adapter
 from lowrank.bare_parameters import LORA_KEY, PREFIX, Bare, bare_parameters
 from lowrank.bases.kinds import EXPERTS
 from lowrank.lora import Lora
-from lowrank.matching import pattern_value
+from lowrank.path_patterns import pattern_value
 from lowrank.start_factors import as_plain_lora
 
 Number = TypeVar("Number", int, float)

@@ -21,7 +21,7 @@ from lowrank.init import Init, loftq
 from lowrank.init_config import LoftQConfig
 from lowrank.inject import check_name, inject
 from lowrank.layer_replication import original_of, replicate, restore
-from lowrank.matching import pattern_value
+from lowrank.path_patterns import pattern_value
 from lowrank.targets import (
     plan,
     resolved,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Size
 
 from lowrank.adapter_file import Adapter
-from lowrank.matching import is_or_ends, pattern_value
+from lowrank.path_patterns import is_or_ends, pattern_value
 
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(weight|bias))?")

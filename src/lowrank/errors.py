@@ -111,3 +111,9 @@ def listed(problems: list[str]) -> str:
         return problems[0]
     lines = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)
     return f"{len(problems)} problems:\n{lines}"
+
+
+def some(paths: list[str]) -> str:
+    """The first three, and how many more."""
+    rest = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + rest

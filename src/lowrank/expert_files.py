@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank.errors import listed
 from lowrank.fused_experts import conversions_of, fusions
-from lowrank.matching import is_or_ends
+from lowrank.path_patterns import is_or_ends
 from lowrank.tensor_files import Entry, opened, read_block
 
 

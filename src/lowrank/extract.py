@@ -22,9 +22,9 @@ from lowrank.config import LoraConfig
 from lowrank.errors import ExtractError, listed
 from lowrank.expert_files import experts_of, fused_from
 from lowrank.fingerprint import Sample, of_samples, sample_places
-from lowrank.matching import is_or_ends
 from lowrank.merge_plan import names_in_model
 from lowrank.model_folder import Stored, embedding_names, load_skeleton, stored_tensors, task_of
+from lowrank.path_patterns import is_or_ends
 from lowrank.targets import Target, plan
 from lowrank.task_arithmetic import Combined, low_rank, stacked_experts
 from lowrank.task_types import TASK_HEADS

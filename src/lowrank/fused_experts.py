@@ -19,7 +19,8 @@ from lowrank.bases.kinds import EXPERTS
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterMismatchError, TargetError, listed
 from lowrank.lora import scaling_for
-from lowrank.matching import ALL_LINEAR, is_or_ends, key_matches, parameters_of, pattern_value, walk
+from lowrank.matching import ALL_LINEAR, parameters_of, walk
+from lowrank.path_patterns import is_or_ends, key_matches, pattern_value
 
 PREFIX = "base_model.model."
 

@@ -17,7 +17,7 @@ from lowrank.fingerprint import check_base as check_fingerprint
 from lowrank.init import taken_out
 from lowrank.layer import LoraLayer
 from lowrank.lora import initial_magnitude, scaling_for
-from lowrank.matching import pattern_value
+from lowrank.path_patterns import pattern_value
 from lowrank.state import adapter_keys
 from lowrank.wrappers import lora_layers, target_path, wrappers
 

@@ -1,19 +1,20 @@
 """Which modules of a model the names in a configuration mean. Pure; also on the meta device."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from torch import nn
 
 from lowrank.architectures import BYPASSED, DEFAULT_TARGETS
 from lowrank.bases.kinds import is_quantised, is_transposed_linear, kind_of, kind_of_parameter
 from lowrank.config import LoraConfig
-from lowrank.errors import did_you_mean, nearest
+from lowrank.errors import did_you_mean, nearest, some
 from lowrank.layer import LoraLayer
 from lowrank.log import logger
+from lowrank.path_patterns import broken, fullmatch, is_or_ends
 from lowrank.saved_module import ModulesToSaveWrapper
 from lowrank.task_types import TASK_HEADS
+from lowrank.tied_weights import tied_together
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import inner
 
@@ -60,7 +61,7 @@ def matched(
                 f'target_modules="all-linear": {type(model).__name__} has no linear layer. {_endings(modules)}'
             )
     elif isinstance(names, str):
-        found = [path for path in candidates if _fullmatch(names, path, "target_modules", problems)]
+        found = [path for path in candidates if fullmatch(names, path, "target_modules", problems)]
         if not found:
             problems.append(
                 f"target_modules={names!r} is a regular expression that no whole path of {type(model).__name__} "
@@ -191,10 +192,10 @@ def _in_layers(
     wanted = [wanted] if isinstance(wanted, int) else list(wanted)
     patterns = config.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    broken = [pattern for pattern in patterns if _broken(pattern)]
-    if broken:
+    wrong = [pattern for pattern in patterns if broken(pattern)]
+    if wrong:
         problems.append(
-            f"layers_pattern={broken[0]!r} is not a regular expression: {_broken(broken[0])}."
+            f"layers_pattern={wrong[0]!r} is not a regular expression: {broken(wrong[0])}."
         )
         return []
     index = {path: _layer_index(path, patterns) for path in found}
@@ -231,9 +232,7 @@ def _without_excluded(
     parameters = parameters_of(modules)
     every = [*modules, *parameters]
     if isinstance(exclude, str):
-        excluded = {
-            path for path in every if _fullmatch(exclude, path, "exclude_modules", problems)
-        }
+        excluded = {path for path in every if fullmatch(exclude, path, "exclude_modules", problems)}
         if not excluded:
             problems.append(
                 f"exclude_modules={exclude!r} is a regular expression that no whole path matches."
@@ -383,116 +382,6 @@ def why_never_called(model: nn.Module, path: str, module: nn.Module) -> list[str
     return [text] if runs else []
 
 
-# --- tied weights ---------------------------------------------------------------------------------
-
-
-def tied_together(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig
-) -> list[str]:
-    """With ensure_weight_tying the input embedding and all that is tied to it; else nothing."""
-    path = input_embedding(model, modules) if config.ensure_weight_tying else None
-    found = twins(modules, path) if path is not None else []
-    return [path, *found] if path is not None and found else []
-
-
-def tying_problems(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    config: LoraConfig,
-    saved: Collection[str],
-    adapted: Collection[str],
-    by_row: Collection[str],
-) -> list[str]:
-    """Where ensure_weight_tying cannot be honoured. by_row: the paths that have trained rows."""
-    if not config.ensure_weight_tying:
-        return []
-    tied = tied_together(model, modules, config)
-    if not tied:
-        return [
-            f"ensure_weight_tying=True: nothing in this {type(model).__name__} is tied to its input embedding; leave it out."
-        ]
-    if tied[0] not in {*saved, *by_row, *adapted}:
-        return [
-            f"ensure_weight_tying=True: the adapter trains nothing of {tied[0]}, which {some(tied[1:])} "
-            f"{'is' if len(tied) == 2 else 'are'} tied to; name it, or leave ensure_weight_tying out."
-        ]
-    return []
-
-
-def twins(modules: Mapping[str, nn.Module], path: str) -> list[str]:
-    """The paths of the other modules whose weight is that of the module at `path`."""
-    module = modules[path]
-    weight = module._parameters.get("weight")
-    found: dict[int, str] = {}  # a module under two names counts once
-    for name, other in modules.items():
-        if other is not module and weight is not None and other._parameters.get("weight") is weight:
-            found.setdefault(id(other), name)
-    return list(found.values())
-
-
-def input_embedding(model: Any, modules: Mapping[str, nn.Module]) -> str | None:
-    """The path of the model's input embedding: what it says itself, else what is named `embed_tokens`."""
-    try:
-        module = inner(model.get_input_embeddings())
-    except (AttributeError, NotImplementedError):
-        named = [path for path in modules if path.rpartition(".")[2] == "embed_tokens"]
-        return named[0] if len(named) == 1 else None
-    return next((path for path, other in modules.items() if other is module), None)
-
-
-# --- names ----------------------------------------------------------------------------------------
-
-
-def is_or_ends(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _broken(pattern: str) -> str:
-    """Why `pattern` is not a regular expression, or an empty text."""
-    try:
-        re.compile(f"({pattern})")
-    except re.error as error:
-        return str(error)
-    return ""
-
-
-def _fullmatch(pattern: str, path: str, what: str, problems: list[str]) -> bool:
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        text = f"{what}={pattern!r} is not a regular expression: {error}. For a module's name, pass a list: [{pattern!r}]."
-        if text not in problems:
-            problems.append(text)
-        return False
-
-
-def pattern_value(pattern: dict, path: str, default):
-    """The value of the first key that is the path, a suffix of it, or a regular expression for one."""
-    return next((value for key, value in pattern.items() if key_matches(key, path)), default)
-
-
-def key_matches(key: str, path: str) -> bool:
-    try:
-        return re.match(rf"(.*\.)?({key})$", path) is not None
-    except re.error:  # which pattern_problems tells
-        return False
-
-
-def pattern_problems(config: LoraConfig, wanted: list[str]) -> list[str]:
-    problems = []
-    for what in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, what):
-            broken = _broken(key)
-            if broken:
-                problems.append(f"{what}: {key!r} is not a regular expression: {broken}.")
-            elif wanted and not any(key_matches(key, path) for path in wanted):
-                endings = {path.rpartition(".")[2] for path in wanted}
-                problems.append(
-                    f"{what}: {key!r} matches none of the targeted modules.{did_you_mean(key, endings)}"
-                )
-    return problems
-
-
 def _adaptable_endings(modules: dict[str, nn.Module]) -> set[str]:
     return {
         path.rpartition(".")[2] for path, module in modules.items() if kind_of(module) is not None
@@ -506,8 +395,3 @@ def _endings(modules: dict[str, nn.Module]) -> str:
         if endings
         else "It has no layer that can be adapted."
     )
-
-
-def some(paths: list[str]) -> str:
-    rest = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(paths[:3]) + rest

@@ -20,7 +20,7 @@ from lowrank.bases.kinds import (
 from lowrank.bases.ops import LINEAR
 from lowrank.config import LoraConfig
 from lowrank.config_problems import value_problems
-from lowrank.errors import TargetError, listed
+from lowrank.errors import TargetError, listed, some
 from lowrank.init import taken_out
 from lowrank.layer_replication import stacked
 from lowrank.lora import scaling_for
@@ -31,16 +31,13 @@ from lowrank.matching import (
     listed_under,
     matched,
     parameters_of,
-    pattern_problems,
-    pattern_value,
     saved_paths,
-    some,
-    tied_together,
-    tying_problems,
     walk,
     why_never_called,
 )
+from lowrank.path_patterns import pattern_problems, pattern_value
 from lowrank.task_types import TASK_HEADS
+from lowrank.tied_weights import tied_together, tying_problems
 from lowrank.token_rows import TokenTarget, token_targets
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import lora_chains

@@ -9,7 +9,8 @@ from lowrank.bases.kinds import Kind, is_quantised, is_transposed_linear, kind_o
 from lowrank.config import LoraConfig
 from lowrank.errors import did_you_mean
 from lowrank.layer import LoraLayer
-from lowrank.matching import input_embedding, inside_saved_modules, twins
+from lowrank.matching import inside_saved_modules
+from lowrank.tied_weights import input_embedding, twins
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import wrappers
 
