@@ -29,7 +29,13 @@ BAD = {
     b'{"prompt": "a", "completion": "b"': "broken JSON at column",
     b"[1, 2]": "expected an object {…}, found a list",
     b'{"text": "\xff"}': "not UTF-8: byte 0xff at 10",
-    b'{"question": "a", "answer": "b"}': "its columns: question, answer",
+    b'{"question": "a", "answer": "b"}': "map them: data.columns: {question: prompt, answer: completion}",
+    b'{"prompt": "a", "answer": "b"}': "map them: data.columns: {answer: completion}",
+    b'{"question": "a", "context": "b", "answer": "c"}': "column `answers` is missing (squad); its columns: question, context, answer. Did you mean 'answer'?",
+    b'{"text": "a", "messages": []}': "fit messages (messages) and text (text): say which with data.shape",
+    rb'{"text": "a\u0000"}': "`text` holds NUL bytes",
+    b'{"text": "a\x00"}': "holds NUL bytes: cut off",
+    rb'{"text": "\ud800"}': "`text` is not UTF-8: half a character at 0",
     b'{"prompt": "a"}': "column `completion` is missing",
     b'{"prompt": 3, "completion": "b"}': "`prompt` should be a string, found a number",
     b'{"prompt": "a", "completion": " "}': "`completion` is empty",
@@ -38,6 +44,17 @@ BAD = {
     b'{"messages": "a"}': "`messages` should be a list, found a string",
     b'{"messages": []}': "`messages` is empty",
     b'{"messages": [{"role": "user", "content": "a"}]}': "it is the user's",
+    b'{"messages": [{"role": "usr", "content": "a"}]}': "Did you mean 'user'?",
+    b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "a part of type image_url",
+    b'{"conversations": [{"from": "humn", "value": "a"}]}': "Did you mean 'human'?",
+    b'{"conversations": [{"from": "human", "value": 3}]}': "`conversations[0].value` should be a string",
+    b'{"instruction": " ", "input": "", "output": "b"}': "`instruction` is empty",
+    b'{"instruction": "a", "output": ""}': "`output` is empty",
+    b'{"question": "a", "context": "b", "answers": {"text": [], "answer_start": []}}': "a question without an answer",
+    b'{"question": "a", "context": "bcd", "answers": {"text": ["d"], "answer_start": [1]}}': "says that 'd' is at 1 of `context`, and it is not",
+    b'{"text": "a", "label": null}': "`label` should be a string or a whole number, found null",
+    b'{"prompt": "a", "completion": "b", "label": 2}': "`label` should be true or false beside a completion",
+    b'{"prompt": "a", "chosen": "b", "rejected": "b"}': "`chosen` and `rejected` are the same",
     b'{"messages": [{"role": "assistant", "content": "a"}]}': "an answer and no question",
     b'{"messages": [{"role": "user"}]}': "`messages[0]` has no `content`",
     b'{"messages": ["a"]}': "`messages[0]` should be an object",
@@ -68,12 +85,14 @@ def test_all_bad_lines_of_all_files_come_together(tmp_path):
 
 
 def test_lines_that_share_a_problem_are_named_together(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", *[{"question": "a"}] * 3, GOOD, *[b"[]"] * 90)
+    path = write_rows(tmp_path / "rows.jsonl", *[{"colour": "a"}] * 3, GOOD, *[b"[]"] * 90)
     with pytest.raises(DataError) as caught:
         read_rows([path])
     head, first, second = str(caught.value).splitlines()
     assert head == "93 bad lines (1 good)"
-    assert first.startswith(f"  {path}:1, 2, 3: no `messages`")
+    assert first.startswith(
+        f"  {path}:1, 2, 3: no shape has these columns: colour. Shapes: messages;"
+    )
     assert second.startswith(f"  {path}:5, 6, 7, 8, 9 and 85 more lines: expected an object")
 
 

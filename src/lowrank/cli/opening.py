@@ -8,7 +8,7 @@ from torch import nn
 
 from lowrank.errors import LowrankError
 from lowrank.quantisation import Quantisation
-from lowrank.train.rows import DataError, Row, read_rows
+from lowrank.train.rows import DataError, ReadData, Row, read_data, supervised
 
 EMBEDDED = "embedded"
 DEFAULT_LENGTH = 2048
@@ -39,7 +39,7 @@ def model_path(name: str) -> str:
 
 
 def data_paths(names: list[str] | str, split: str) -> list[str]:
-    """JSONL files; `embedded:NAME` is a data set in this package, its `split` part."""
+    """`names`, where `embedded:NAME` is a data set in this package, its `split` part."""
     return [_data_path(name, split) for name in ([names] if isinstance(names, str) else names)]
 
 
@@ -208,8 +208,13 @@ def context_length(model_config: Any, wanted: int | None) -> int:
     return wanted
 
 
-def open_rows(names: list[str] | str, split: str) -> list[Row]:
-    return read_rows(data_paths(names, split))
+def open_rows(names: list[str] | str, split: str, **reading: Any) -> list[Row]:
+    return supervised(open_read(names, split, **reading))
+
+
+def open_read(names: list[str] | str, split: str, **reading: Any) -> ReadData:
+    """The rows behind `names`, with what was found out about them."""
+    return read_data(data_paths(names, split), split=split, **reading)
 
 
 def held_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

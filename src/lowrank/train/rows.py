@@ -1,145 +1,158 @@
-"""Training and evaluation rows from JSONL files, with every bad line reported at once."""
+"""Training and evaluation rows, with every bad row reported at once."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-from lowrank.errors import LowrankError
-
-SHOWN = 20  # problems listed in one error; the rest are counted
-PLACES = 5  # lines named of one problem that many lines share
-
-
-class DataError(LowrankError, ValueError):
-    """Rows that cannot be trained on, by file and line."""
-
-
-class Row(NamedTuple):
-    """One example. Who asks is `prompt`, what is learnt is `answer`."""
-
-    prompt: (
-        list[dict[str, str]] | str | None
-    )  # a conversation, a string, or None: all of it is text
-    answer: str
-    where: str  # "train.jsonl:17"
-
-
-class BadRow(ValueError):
-    """Why one line is not a row."""
+from lowrank.errors import did_you_mean
+from lowrank.train.records import (
+    BadRow,
+    DataError,
+    Layout,
+    Problems,
+    Record,
+    read_records,
+)
+from lowrank.train.shapes import (
+    Judged,
+    Preference,
+    Row,
+    Shape,
+    check_shape,
+    missing,
+    shape_of,
+)
 
 
-def read_rows(paths: Sequence[str | Path]) -> list[Row]:
-    """The rows of JSONL files, in order; blank lines are skipped.
+@dataclass(frozen=True)
+class Data:
+    """Rows of any shape, and how they were read."""
 
-    A line is an object with `messages` (the last one the assistant's), with `prompt` and
-    `completion`, or with `text`; other columns are ignored.
-    Raises DataError with file and line of every line that is none of these.
-    """
-    rows: list[Row] = []
-    problems: dict[tuple[str, str], list[str]] = {}  # (file, what is wrong) -> its lines
-    for path in map(Path, paths):
-        if not path.is_file():
-            problems[str(path), "no such file"] = []
-            continue
-        found = 0
-        for where, line in _lines(path):
-            found += 1
-            try:
-                rows.append(_row(_object(line), where))
-            except BadRow as bad:
-                problems.setdefault((str(path), str(bad)), []).append(where.rpartition(":")[2])
-        if not found:
-            problems[str(path), "no rows; the file is empty"] = []
-    if problems:
-        raise DataError(_report(problems, good=len(rows)))
+    rows: list[Row | Preference | Judged]
+    shapes: dict[str, int]  # name of a shape -> rows that have it
+    unread: list[str]  # columns that the shapes of their rows do not have
+    skipped: int  # bad rows that were left out
+    problems: str  # what was wrong with them
+
+
+def read_rows(paths: Sequence[str | Path], **options: Any) -> list[Row]:
+    """The rows to be fine-tuned on, read with the options of `read_data`."""
+    return supervised(read_data(paths, **options))
+
+
+def supervised(data: Data) -> list[Row]:
+    """Its rows, none of which says which of two answers is better, or whether one is good."""
+    rows = [row for row in data.rows if isinstance(row, Row)]
+    if len(rows) < len(data.rows):
+        other = next(row for row in data.rows if not isinstance(row, Row))
+        names = [n for n in data.shapes if n.endswith(("preference", "rejected", "kto"))]
+        raise DataError(
+            f"{len(data.rows) - len(rows)} of {len(data.rows)} rows are for preference training "
+            f"({', '.join(names)}; the first: {other.where}), and this trains on answers.\n"
+            "Name one answer with data.columns: {chosen: completion}, or another shape with "
+            "data.shape."
+        )
     return rows
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield f"{path}:{number}", line
+def read_data(
+    paths: Sequence[str | Path],
+    *,
+    split: str = "train",
+    shape: str | None = None,
+    columns: Mapping[str, str] | Sequence[str] | None = None,
+    separator: str | None = None,
+    prompt_template: str | None = None,
+    on_bad_row: Literal["error", "skip"] = "error",
+) -> Data:
+    """The rows of files, folders, datasets on disk (`datasets`) and names on the hub, in order.
+
+    shape: one of shapes.SHAPES; None: told from the columns. columns: {column in the data: name here}, or
+    the names of all columns where a table in text has no header. separator: of a table in text.
+    prompt_template: Jinja over a row's columns, both names of them, in place of its prompt.
+    Raises DataError with file and line of all that cannot be used; with on_bad_row="skip" only
+    where a whole file cannot be read, or nothing is left.
+    """
+    chosen = check_shape(shape) if shape is not None else None
+    header = None if columns is None or isinstance(columns, Mapping) else list(columns)
+    renamed = columns if isinstance(columns, Mapping) else {}
+    prompt = prompt_of(prompt_template) if prompt_template is not None else None
+    problems = Problems()
+    rows: list[Row | Preference | Judged] = []
+    shapes, unread = Counter[str](), dict[str, None]()
+    for record in read_records(paths, problems, Layout(separator, header), split):
+        try:
+            found, names, row = _row(record, chosen, renamed, prompt)
+        except BadRow as bad:
+            problems.add(record.where, str(bad))
+        else:
+            rows.append(row)
+            shapes[found.name] += 1
+            unread |= dict.fromkeys(names)
+    if problems.files or (problems.found and (on_bad_row == "error" or not rows)):
+        raise DataError(problems.report(len(rows)))
+    report = problems.report(len(rows)) if problems.found else ""
+    return Data(rows, dict(shapes.most_common()), list(unread), problems.rows, report)
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise BadRow(f"broken JSON at column {error.colno}: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise BadRow(f"expected an object {{…}}, found {_kind(value)} (JSONL is one object a line)")
-    return value
+def _row(
+    record: Record,
+    shape: Shape | None,
+    renamed: Mapping[str, str],
+    prompt: Callable[[dict[str, Any]], str] | None,
+) -> tuple[Shape, list[str], Row | Preference | Judged]:
+    """The record's shape, the columns of which it makes nothing, and the row."""
+    columns = _renamed(record.columns, renamed)
+    if prompt is not None:
+        columns = {**columns, "prompt": prompt({**record.columns, **columns})}
+    shape = shape or shape_of(columns)
+    if any(name not in columns for name in shape.needs):
+        raise BadRow(missing(shape, columns))
+    row = shape.read(columns, record.where)
+    if prompt is not None:
+        if not isinstance(row.prompt, str):
+            raise BadRow(
+                f"data.prompt_template writes one prompt, and rows of {shape.name} have none"
+            )
+        return shape, [], row._replace(prompt=columns["prompt"])
+    return shape, [name for name in columns if name not in (*shape.needs, *shape.also)], row
 
 
-def _row(columns: dict[str, Any], where: str) -> Row:
-    if "messages" in columns:
-        return _conversation(columns["messages"], where)
-    if "prompt" in columns or "completion" in columns:
-        missing = [name for name in ("prompt", "completion") if name not in columns]
-        if missing:
-            raise BadRow(f"column `{missing[0]}` is missing")
-        prompt, completion = columns["prompt"], columns["completion"]
-        return Row(_text(prompt, "prompt"), _text(completion, "completion", filled=True), where)
-    if "text" in columns:
-        return Row(None, _text(columns["text"], "text", filled=True), where)
-    raise BadRow(
-        "no `messages`, no `prompt` with `completion`, no `text`; "
-        f"its columns: {', '.join(columns) or 'none'}"
+def _renamed(columns: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    for theirs, ours in renamed.items():
+        if theirs not in columns:
+            hint = did_you_mean(theirs, columns)
+            raise BadRow(
+                f"no column `{theirs}` (data.columns); its columns: {', '.join(columns)}.{hint}"
+            )
+        if ours in columns and ours not in renamed:
+            raise BadRow(
+                f"data.columns names `{theirs}` {ours}, and there is a column `{ours}` already; "
+                f"give that another name too"
+            )
+    return {renamed.get(name, name): value for name, value in columns.items()}
+
+
+def prompt_of(template: str) -> Callable[[dict[str, Any]], str]:
+    """The prompt that a Jinja template makes of a row's columns. Raises DataError if it is broken."""
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True
     )
+    try:
+        made = environment.from_string(template)
+    except TemplateError as error:
+        raise DataError(f"data.prompt_template is not Jinja: {error}") from None
 
+    def render(columns: dict[str, Any]) -> str:
+        try:
+            return made.render(columns)
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            names = ", ".join(columns)
+            raise BadRow(f"data.prompt_template: {error}; its columns: {names}") from None
 
-def _conversation(messages: Any, where: str) -> Row:
-    if not isinstance(messages, list):
-        raise BadRow(f"`messages` should be a list, found {_kind(messages)}")
-    if not messages:
-        raise BadRow("`messages` is empty")
-    turns = [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    *prompt, last = turns
-    if last["role"] != "assistant":
-        raise BadRow(f"the last message should be the assistant's, it is the {last['role']}'s")
-    if not last["content"].strip():
-        raise BadRow("the assistant's last message is empty")
-    if not prompt:
-        raise BadRow("`messages` holds an answer and no question")
-    return Row(prompt, last["content"], where)
-
-
-def _turn(message: Any, name: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise BadRow(f"`{name}` should be an object with role and content, found {_kind(message)}")
-    for key in ("role", "content"):
-        if key not in message:
-            raise BadRow(f"`{name}` has no `{key}`")
-    return {key: _text(message[key], f"{name}.{key}") for key in ("role", "content")}
-
-
-def _text(value: Any, name: str, filled: bool = False) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"`{name}` should be a string, found {_kind(value)}")
-    if filled and not value.strip():
-        raise BadRow(f"`{name}` is empty")
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _report(problems: dict[tuple[str, str], list[str]], good: int) -> str:
-    """One line a problem; lines of a file that share one are named together."""
-    count = sum(len(lines) or 1 for lines in problems.values())
-    texts = [f"{count} bad {'line' if count == 1 else 'lines'} ({good} good)"]
-    for (path, why), lines in list(problems.items())[:SHOWN]:
-        more = f" and {len(lines) - PLACES} more lines" if len(lines) > PLACES else ""
-        places = ", ".join(lines[:PLACES])
-        texts.append(f"  {path}{':' if lines else ''}{places}{more}: {why}")
-    if len(problems) > SHOWN:
-        texts.append(f"  … and {len(problems) - SHOWN} more problems")
-    return "\n".join(texts)
+    return render

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 from lowrank.train.optimizers import OPTIMIZERS
+from lowrank.train.shapes import SHAPES
 
 
 class Bound(NamedTuple):
@@ -23,15 +24,17 @@ SHARE = Bound("from 0 to below 1", lambda value: 0 <= value < 1)
 
 @dataclass(frozen=True)
 class DataSettings:
-    train: Annotated[list[str] | str | None, "JSONL file(s), or embedded:NAME"] = None
-    eval: Annotated[list[str] | str | None, "JSONL file(s); embedded:NAME is its test part"] = None
+    train: Annotated[
+        list[str] | str | None, "file(s), folder(s), a name on the hub, or embedded:NAME"
+    ] = None
+    eval: Annotated[list[str] | str | None, "the same; of several splits the test part"] = None
     eval_split: Annotated[
         float | None,
         "no data.eval: rows held out of train, a share (0.1) or a number (100)",
         POSITIVE,
     ] = None
     base_skill: Annotated[
-        str | None, "JSONL whose loss before and after shows forgetting; or embedded"
+        str | None, "rows whose loss before and after shows forgetting; or embedded"
     ] = None
     max_length: Annotated[
         int | None, "tokens a row; null: 2048, or less if the model is", COUNT
@@ -39,6 +42,23 @@ class DataSettings:
     loss_on: Annotated[Literal["completion", "all"], "which tokens are learnt"] = "completion"
     chat_template: Annotated[bool, "put prompts through the tokenizer's chat template"] = True
     limit: Annotated[int | None, "use only the first N training rows", COUNT] = None
+    shape: Annotated[
+        str | None,
+        f"null: told from the columns; or {', '.join(SHAPES)}",
+        Bound(f"one of {', '.join(SHAPES)}", SHAPES.__contains__),
+    ] = None
+    columns: Annotated[
+        dict[str, str] | list[str] | None, "{question: prompt, …}; a list names those of a table"
+    ] = None
+    separator: Annotated[str | None, "between the columns of .csv, .tsv and .txt"] = None
+    prompt_template: Annotated[str | None, "Jinja over a row's columns, for its prompt"] = None
+    on_bad_row: Annotated[Literal["error", "skip"], "what a row that cannot be used does"] = "error"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The options of `rows.read_data`."""
+        names = ("shape", "columns", "separator", "prompt_template", "on_bad_row")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,532 @@
+"""The shapes that rows of data have: which columns tell one, and how a row of it is read."""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from lowrank.errors import did_you_mean
+from lowrank.train.records import BadRow, DataError, kind_of
+
+Message = dict[str, Any]  # {"role", "content"}, and what a template makes of further keys
+Prompt = list[Message] | str
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
+class Row(NamedTuple):
+    """One example. Who asks is `prompt`, what is learnt is `answer`."""
+
+    prompt: Prompt | None  # a conversation, a string, or None: all of it is text
+    answer: str
+    where: str  # "train.jsonl:17"
+    reply: list[Message] | None = None  # the answer's turns, where there is more than its text
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def turns(self) -> list[Message]:
+        """The answer as messages."""
+        return self.reply or [{"role": "assistant", "content": self.answer}]
+
+
+class Preference(NamedTuple):
+    """Two answers to one prompt, of which the first is the better."""
+
+    prompt: Prompt
+    chosen: Prompt
+    rejected: Prompt
+    where: str
+    tools: list[dict[str, Any]] | None = None
+
+
+class Judged(NamedTuple):
+    """An answer that somebody found good or bad."""
+
+    prompt: Prompt
+    completion: Prompt
+    label: bool
+    where: str
+    tools: list[dict[str, Any]] | None = None
+
+
+class Shape(NamedTuple):
+    name: str
+    needs: tuple[str, ...]  # columns
+    read: Callable[[dict[str, Any], str], Row | Preference | Judged]
+    also: tuple[str, ...] = ()  # columns that are read where there are some
+
+
+# --- reading one row --------------------------------------------------------------------------------
+
+
+def _messages(columns: dict[str, Any], where: str) -> Row:
+    return _conversation(messages_of(columns["messages"], "messages"), _tools(columns), where)
+
+
+def _sharegpt(columns: dict[str, Any], where: str) -> Row:
+    return _conversation(_spoken(columns), _tools(columns), where)
+
+
+def _alpaca(columns: dict[str, Any], where: str) -> Row:
+    return Row(_instruction(columns), text_of(columns, "output", filled=True), where)
+
+
+def _prompt_completion(columns: dict[str, Any], where: str) -> Row:
+    prompt, completion = columns["prompt"], columns["completion"]
+    if not isinstance(completion, list):
+        return Row(_prompt(columns), text_of(columns, "completion", filled=True), where)
+    if not isinstance(prompt, list):
+        raise BadRow(f"`completion` is a list of messages, and `prompt` is {kind_of(prompt)}")
+    turns = messages_of(completion, "completion")
+    return _conversation(
+        [*messages_of(prompt, "prompt"), *turns], _tools(columns), where, len(turns)
+    )
+
+
+def _only_text(columns: dict[str, Any], where: str) -> Row:
+    return Row(None, text_of(columns, "text", filled=True), where)
+
+
+def _squad(columns: dict[str, Any], where: str) -> Row:
+    context = text_of(columns, "context", filled=True)
+    question = text_of(columns, "question", filled=True)
+    answer, start = _first_answer(columns["answers"])
+    if start is not None and context[start : start + len(answer)] != answer:
+        raise BadRow(f"`answers` says that {answer!r} is at {start} of `context`, and it is not")
+    return Row(f"{context}\n\n{question}", answer, where)
+
+
+def _summary(columns: dict[str, Any], where: str) -> Row:
+    dialogue = text_of(columns, "dialogue", filled=True)
+    return Row(dialogue, text_of(columns, "summary", filled=True), where)
+
+
+def _text_label(columns: dict[str, Any], where: str) -> Row:
+    label = columns["label"]
+    if not isinstance(label, str | int):
+        raise BadRow(f"`label` should be a string or a whole number, found {kind_of(label)}")
+    labelled = {**columns, "label": str(label)}
+    return Row(text_of(columns, "text", filled=True), text_of(labelled, "label", True), where)
+
+
+def _preference(columns: dict[str, Any], where: str) -> Preference:
+    return _pair(_prompt(columns), columns, where)
+
+
+def _sharegpt_preference(columns: dict[str, Any], where: str) -> Preference:
+    turned = {name: _spoken_answer(columns, name) for name in ("chosen", "rejected")}
+    return _pair(_spoken(columns), {**columns, **turned}, where)
+
+
+def _alpaca_preference(columns: dict[str, Any], where: str) -> Preference:
+    return _pair(_instruction(columns), columns, where)
+
+
+def _implicit_preference(columns: dict[str, Any], where: str) -> Preference:
+    for name in ("chosen", "rejected"):
+        if not isinstance(columns[name], list):
+            raise BadRow(
+                f"without a `prompt`, `{name}` should be a list of messages that begins with it, "
+                f"found {kind_of(columns[name])}"
+            )
+    return _pair(None, columns, where)
+
+
+def _kto(columns: dict[str, Any], where: str) -> Judged:
+    row = _prompt_completion(columns, where)
+    assert row.prompt is not None
+    completion: Prompt = row.reply or row.answer
+    return Judged(row.prompt, completion, _verdict(columns), where, row.tools)
+
+
+def _messages_kto(columns: dict[str, Any], where: str) -> Judged:
+    row = _messages(columns, where)
+    return Judged(row.prompt or [], row.turns, _verdict(columns), where, row.tools)
+
+
+# a shape whose columns are all among another's is meant only where the other's are not all there
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("messages", ("messages",), _messages, ("tools",)),
+        Shape("sharegpt", ("conversations",), _sharegpt, ("system", "tools")),
+        Shape("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history")),
+        Shape("prompt-completion", ("prompt", "completion"), _prompt_completion, ("tools",)),
+        Shape("text", ("text",), _only_text),
+        Shape("squad", ("question", "context", "answers"), _squad),
+        Shape("summary", ("dialogue", "summary"), _summary),
+        Shape("text-label", ("text", "label"), _text_label),
+        Shape("preference", ("prompt", "chosen", "rejected"), _preference, ("tools",)),
+        Shape(
+            "sharegpt-preference",
+            ("conversations", "chosen", "rejected"),
+            _sharegpt_preference,
+            ("system", "tools"),
+        ),
+        Shape(
+            "alpaca-preference",
+            ("instruction", "chosen", "rejected"),
+            _alpaca_preference,
+            ("input", "system", "history"),
+        ),
+        Shape("chosen-rejected", ("chosen", "rejected"), _implicit_preference, ("tools",)),
+        Shape("kto", ("prompt", "completion", "label"), _kto, ("tools",)),
+        Shape("messages-kto", ("messages", "label"), _messages_kto, ("tools",)),
+    )
+}
+# names that data sets of the field have for these columns: suggested, never assumed
+ELSEWHERE = {
+    "prompt": ("question", "query", "problem", "source", "input", "instruction", "user"),
+    "completion": ("answer", "response", "solution", "target", "output", "reply", "assistant"),
+    "text": ("content", "document", "sentence", "body"),
+    "label": ("category", "class", "intent", "target", "sentiment"),
+    "dialogue": ("document", "article", "conversation"),
+    "summary": ("highlights", "abstract", "tldr"),
+    "messages": ("conversation", "chat", "dialog"),
+    "chosen": ("preferred", "better", "accepted"),
+    "rejected": ("dispreferred", "worse"),
+}
+
+
+# --- which shape ------------------------------------------------------------------------------------
+
+
+def shape_of(columns: Collection[str]) -> Shape:
+    """The one shape that rows with these columns have. Raises BadRow where none or several fit."""
+    there = set(columns)
+    fitting = [shape for shape in SHAPES.values() if there.issuperset(shape.needs)]
+    widest = [s for s in fitting if not any(set(s.needs) < set(other.needs) for other in fitting)]
+    if len(widest) == 1:
+        return widest[0]
+    if widest:
+        words = " and ".join(f"{s.name} ({', '.join(s.needs)})" for s in widest)
+        raise BadRow(
+            f"its columns ({', '.join(columns)}) fit {words}: say which with data.shape, "
+            "or leave columns out"
+        )
+    raise BadRow(_no_shape(columns))
+
+
+def missing(shape: Shape, columns: Collection[str]) -> str:
+    """What to say of a row that lacks columns of `shape`."""
+    lacking = [name for name in shape.needs if name not in columns]
+    names = " and ".join(f"`{name}`" for name in lacking)
+    verb = "is" if len(lacking) == 1 else "are"
+    hint = "".join(did_you_mean(name, set(columns) - set(shape.needs)) for name in lacking)
+    return f"column {names} {verb} missing ({shape.name}); its columns: {_names(columns)}.{hint}"
+
+
+def _no_shape(columns: Collection[str]) -> str:
+    there = set(columns)
+    shares = {s.name: len(there & set(s.needs)) / len(s.needs) for s in SHAPES.values()}
+    name, share = max(shares.items(), key=lambda item: item[1])
+    if share > 0.5:
+        return missing(SHAPES[name], columns)
+    mapped = [(shape, _mapping(columns, shape)) for shape in SHAPES.values()]
+    best, mapping = max(mapped, key=lambda pair: (len(pair[1]), -len(pair[0].needs)))
+    if mapping:
+        words = ", ".join(f"{theirs}: {ours}" for theirs, ours in mapping.items())
+        return (
+            f"no shape has these columns: {_names(columns)}. For {best.name} "
+            f"({', '.join(best.needs)}) map them: data.columns: {{{words}}}"
+        )
+    if share:
+        return missing(SHAPES[name], columns)
+    shapes = "; ".join(", ".join(shape.needs) for shape in SHAPES.values())
+    return (
+        f"no shape has these columns: {_names(columns)}. Shapes: {shapes}. Name the columns anew "
+        "with data.columns"
+    )
+
+
+def _mapping(columns: Collection[str], shape: Shape) -> dict[str, str]:
+    """Columns that would make `shape` complete under other names; empty if some still lack."""
+    mapping = {}
+    for name in shape.needs:
+        if name in columns:
+            continue
+        theirs = next(
+            (c for c in ELSEWHERE.get(name, ()) if c in columns and c not in mapping), None
+        )
+        if theirs is None:
+            return {}
+        mapping[theirs] = name
+    return mapping
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(columns) or "none"
+
+
+# --- parts of a row ---------------------------------------------------------------------------------
+
+
+def text_of(columns: Mapping[str, Any], name: str, filled: bool = False) -> str:
+    return _text(columns[name], name, filled)
+
+
+def _text(value: Any, name: str, filled: bool = False) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"`{name}` should be a string, found {kind_of(value)}")
+    if "\0" in value:
+        raise BadRow(f"`{name}` holds NUL bytes")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        what = f"byte {code - 0xDC00:#04x}" if 0xDC80 <= code <= 0xDCFF else "half a character"
+        raise BadRow(f"`{name}` is not UTF-8: {what} at {error.start}") from None
+    if filled and not value.strip():
+        raise BadRow(f"`{name}` is empty")
+    return value
+
+
+def _prompt(columns: Mapping[str, Any]) -> Prompt:
+    prompt = columns["prompt"]
+    return messages_of(prompt, "prompt") if isinstance(prompt, list) else _text(prompt, "prompt")
+
+
+def _instruction(columns: Mapping[str, Any]) -> Prompt:
+    """Instruction and input, a line each; with `system` or `history`, as a conversation."""
+    asked = text_of(columns, "instruction")
+    if columns.get("input"):
+        asked = "\n".join(filter(None, (asked, text_of(columns, "input"))))
+    if not asked.strip():
+        raise BadRow("`instruction` is empty")
+    before: list[Message] = []
+    if columns.get("system"):
+        before.append({"role": "system", "content": text_of(columns, "system")})
+    for i, pair in enumerate(columns.get("history") or ()):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow(f"`history[{i}]` should be [question, answer]")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            before.append({"role": role, "content": _text(said, f"history[{i}]")})
+    return [*before, {"role": "user", "content": asked}] if before else asked
+
+
+def _first_answer(answers: Any) -> tuple[str, int | None]:
+    """The first of SQuAD's answers, and where in the context it starts."""
+    start: Any = None
+    if isinstance(answers, dict):
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if isinstance(starts, list) and starts:
+            start = starts[0]
+    else:
+        texts = answers
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, list):
+        raise BadRow(f"`answers` should hold a list of texts, found {kind_of(texts)}")
+    if not texts:
+        raise BadRow("`answers` is empty: a question without an answer")
+    if isinstance(texts[0], dict):
+        texts, start = [texts[0].get("text")], texts[0].get("answer_start")
+    return _text(texts[0], "answers", filled=True), start if isinstance(start, int) else None
+
+
+def _conversation(
+    turns: list[Message], tools: list[dict[str, Any]] | None, where: str, answering: int = 1
+) -> Row:
+    """A row whose last `answering` turns are the answer."""
+    prompt, reply = turns[:-answering], turns[-answering:]
+    last = reply[-1]
+    if last["role"] != "assistant":
+        raise BadRow(f"the last message should be the assistant's, it is the {last['role']}'s")
+    said = last["content"]
+    if not said.strip() and not last.get("tool_calls"):
+        raise BadRow("the assistant's last message is empty")
+    if not prompt:
+        raise BadRow("the conversation holds an answer and no question")
+    plain = len(reply) == 1 and set(last) == {"role", "content"}
+    answer = said if said.strip() else json.dumps(last["tool_calls"], ensure_ascii=False)
+    return Row(prompt, answer, where, None if plain else reply, tools)
+
+
+def messages_of(value: Any, name: str) -> list[Message]:
+    """OpenAI's messages, checked; texts in parts are joined, arguments of tool calls are objects."""
+    if not isinstance(value, list):
+        raise BadRow(f"`{name}` should be a list, found {kind_of(value)}")
+    if not value:
+        raise BadRow(f"`{name}` is empty")
+    return [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
+
+
+def _message(message: Any, name: str) -> Message:
+    if not isinstance(message, dict):
+        raise BadRow(
+            f"`{name}` should be an object with role and content, found {kind_of(message)}"
+        )
+    # columns of Parquet hold every key of any message, most of them null
+    kept = {key: value for key, value in message.items() if value is not None}
+    if "role" not in kept:
+        raise BadRow(f"`{name}` has no `role`")
+    role = _text(kept["role"], f"{name}.role")
+    if role not in ROLES:
+        raise BadRow(
+            f"`{name}.role` {role!r} is none of {', '.join(ROLES)}.{did_you_mean(role, ROLES)}"
+        )
+    calls = kept.get("tool_calls")
+    if calls:
+        kept["tool_calls"] = [_call(call, f"{name}.tool_calls") for call in _list(calls, name)]
+    else:
+        kept.pop("tool_calls", None)
+    if "content" not in kept and not calls:
+        raise BadRow(f"`{name}` has no `content`")
+    kept["content"] = _content(kept.get("content", ""), f"{name}.content")
+    return kept
+
+
+def _content(value: Any, name: str) -> str:
+    if not isinstance(value, list):
+        return _text(value, name)
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            found = part.get("type") if isinstance(part, dict) else kind_of(part)
+            raise BadRow(f"`{name}` has a part of type {found}; only text can be trained on")
+    return "".join(_text(part.get("text"), name) for part in value)
+
+
+def _call(call: Any, name: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(f"`{name}` should be a list of {{'function': {{'name', 'arguments'}}}}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):  # OpenAI sends JSON in a string, templates expect an object
+        try:
+            arguments = json.loads(arguments or "{}")
+        except json.JSONDecodeError as error:
+            raise BadRow(f"`{name}` has broken JSON as arguments: {error.msg}") from None
+    made = {"type": "function", "function": {**function, "arguments": arguments}}
+    return {**{key: call[key] for key in ("id",) if call.get(key)}, **made}
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadRow(f"`{name}` should be a list, found {kind_of(value)}")
+    return value
+
+
+def _tools(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    tools = columns.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise BadRow(f"`tools` is broken JSON: {error.msg}") from None
+    if not tools:
+        return None
+    if not all(isinstance(tool, dict) for tool in _list(tools, "tools")):
+        raise BadRow("`tools` should be a list of objects, one a function")
+    return tools
+
+
+# who speaks in ShareGPT's files
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def _spoken(columns: Mapping[str, Any]) -> list[Message]:
+    """`conversations` as messages, after `system` where there is one."""
+    turns = _list(columns["conversations"], "conversations")
+    if not turns:
+        raise BadRow("`conversations` is empty")
+    said = [_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
+    if columns.get("system"):
+        said.insert(0, {"role": "system", "content": text_of(columns, "system")})
+    return said
+
+
+def _turn(turn: Any, name: str) -> Message:
+    if isinstance(turn, dict) and "role" in turn:
+        return _message(turn, name)
+    if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
+        raise BadRow(f"`{name}` should be an object with from and value")
+    speaker, value = _text(turn["from"], f"{name}.from"), _text(turn["value"], f"{name}.value")
+    if speaker == "function_call":
+        try:
+            calls = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadRow(f"`{name}` is a function call of broken JSON: {error.msg}") from None
+        calls = calls if isinstance(calls, list) else [calls]
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [_call(call, name) for call in calls],
+        }
+    if speaker not in SPEAKERS:
+        hint = did_you_mean(speaker, SPEAKERS)
+        raise BadRow(f"`{name}.from` {speaker!r} is none of {', '.join(SPEAKERS)}.{hint}")
+    return {"role": SPEAKERS[speaker], "content": value}
+
+
+def _spoken_answer(columns: Mapping[str, Any], name: str) -> Any:
+    answer = columns[name]
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    turns = answer if isinstance(answer, list) else [answer]
+    return [_turn(turn, name) for turn in turns]
+
+
+def _pair(prompt: Prompt | None, columns: Mapping[str, Any], where: str) -> Preference:
+    """Both answers as the prompt is: text after text, messages after messages."""
+    chosen, rejected = (_answer(columns[name], name) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("`chosen` and `rejected`: one is text, the other messages")
+    if chosen == rejected:
+        raise BadRow("`chosen` and `rejected` are the same")
+    if isinstance(chosen, str):
+        assert prompt is not None
+        if isinstance(prompt, str):
+            return Preference(prompt, chosen, rejected, where, _tools(columns))
+        chosen, rejected = ([{"role": "assistant", "content": a}] for a in (chosen, rejected))
+    assert isinstance(rejected, list)
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    asked = chosen[:shared]  # what both begin with is the prompt, or goes on with it
+    if isinstance(prompt, list):
+        asked = asked if asked[: len(prompt)] == prompt else [*prompt, *asked]
+    elif prompt is not None and not any(m["content"] == prompt for m in asked):
+        asked = [{"role": "user", "content": prompt}, *asked]
+    if not asked:
+        raise BadRow("`chosen` and `rejected` share no first message, and there is no `prompt`")
+    better, worse = chosen[shared:], rejected[shared:]
+    for name, turns in (("chosen", better), ("rejected", worse)):
+        if not turns or turns[-1]["role"] != "assistant":
+            raise BadRow(f"the last message of `{name}` should be the assistant's, and its own")
+    return Preference(asked, better, worse, where, _tools(columns))
+
+
+def _answer(value: Any, name: str) -> Prompt:
+    return messages_of(value, name) if isinstance(value, list) else _text(value, name, filled=True)
+
+
+def _verdict(columns: Mapping[str, Any]) -> bool:
+    label = columns["label"]
+    if isinstance(label, str) and label.lower() in ("true", "false"):  # out of a CSV
+        return label.lower() == "true"
+    if not isinstance(label, bool):
+        raise BadRow(
+            f"`label` should be true or false beside a completion, found {kind_of(label)}; "
+            "data.shape names a shape without it"
+        )
+    return label
+
+
+def check_shape(name: str) -> Shape:
+    """The shape of that name. Raises DataError with the nearest."""
+    if name not in SHAPES:
+        raise DataError(
+            f"data.shape {name!r} is none of {', '.join(SHAPES)}.{did_you_mean(name, SHAPES)}"
+        )
+    return SHAPES[name]
