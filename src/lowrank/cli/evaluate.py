@@ -1,7 +1,7 @@
 """Loss, perplexity and greedy answers of a base, a base with an adapter, or a merged folder.
 
 MODEL is a model folder, a name on the Hub, `embedded`, or an adapter's folder (its base is then
-the one that the adapter names). DATA is JSONL or embedded:NAME, whose test part is used.
+the one that the adapter names). DATA is what `train` takes as data.eval: its test part is used.
 
   lowrank evaluate embedded --data embedded:intents
   lowrank evaluate embedded --adapter runs/intents --data embedded:intents --json
@@ -12,7 +12,7 @@ import json
 
 from lowrank.cli.arguments import whole
 from lowrank.cli.quantising import add_quantize, of_flags
-from lowrank.cli.settings import EvalSettings
+from lowrank.cli.settings import READING, EvalSettings, add_flags_of, given_flags
 
 DEFAULT = EvalSettings()
 
@@ -20,7 +20,8 @@ DEFAULT = EvalSettings()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--adapter", metavar="DIR", help="the adapter's folder")
-    parser.add_argument("--data", nargs="+", required=True, help="JSONL file(s), or embedded:NAME")
+    parser.add_argument("--data", nargs="+", required=True, help="file(s), or embedded:NAME")
+    add_flags_of(parser, READING)
     add_numbers(parser)
     parser.add_argument(
         "--samples", type=whole(0), default=DEFAULT.samples, metavar="N", help="shown"
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.train.encode import encode
     from lowrank.train.evaluate import evaluate
 
-    rows = open_rows(args.data, "test")
+    rows = open_rows(args.data, "test", **given_flags(args, READING))
     opened = open_model(
         args.model,
         args.adapter,

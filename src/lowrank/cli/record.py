@@ -20,6 +20,8 @@ from lowrank.cli.training import Data, Result
 from lowrank.report.data import Curve, Fact, Metric, ModuleRow, RunReport, Sample, Setting, to_json
 from lowrank.report.html import write_report
 from lowrank.report.words import amount
+from lowrank.train.rows import ReadData
+from lowrank.train.shapes import SHAPES
 
 REPORT = Path("reports/report.html")
 PACKAGES = ("lowrank", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
@@ -55,7 +57,19 @@ def data_lines(data: Data) -> RenderableType:
     for name, rows in (("train", data.train), ("eval", data.eval), ("skill", data.skill)):
         if rows is not None:
             table.add_row(name, rows.summary)
+    table.add_row("shape", found_words(data.found))
     return Group("", table, f" up to {data.train.max_length} tokens a row, prompts {template}", "")
+
+
+def found_words(found: ReadData) -> str:
+    """What the rows turned out to be, and what was left out of them."""
+    shapes = ", ".join(
+        f"{name} ({', '.join(SHAPES[name].needs)})" + (f": {rows} rows" * (len(found.shapes) > 1))
+        for name, rows in found.shapes.items()
+    )
+    unread = f"; not read: {', '.join(found.unread)}" if found.unread else ""
+    skipped = f"\nskipped {found.problems}" if found.skipped else ""
+    return shapes + unread + skipped
 
 
 def write(

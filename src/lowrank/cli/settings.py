@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 from lowrank.cli.values import FlagValue, Wrong, check_value, read_yaml
 from lowrank.config import LoraConfig
 from lowrank.errors import LowrankError, did_you_mean, listed
+from lowrank.train.settings import READING as READING_NAMES
 from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings
 
 
@@ -50,6 +51,8 @@ SECTIONS: dict[str, type] = {
     "eval": EvalSettings,
     "output": OutputSettings,
 }
+# how rows are read: `evaluate` and `preview` have these too
+READING = tuple(f"data.{name}" for name in READING_NAMES)
 # where a run's start differs from LoraConfig's defaults: adapters on all linear layers
 LORA_DEFAULTS = {
     "r": 16,
@@ -187,6 +190,37 @@ def add_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...] = tuple
             )
     if "lora" in groups:
         groups["lora"].description = "and every other field of LoraConfig, as --lora.FIELD"
+
+
+def add_flags_of(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
+    """Flags of single settings for another command: `--columns` for data.columns."""
+    known = known_settings()
+    for name in names:
+        leaf = name.split(".", 1)[1]
+        parser.add_argument(
+            *dict.fromkeys((f"--{leaf}", f"--{leaf.replace('_', '-')}")),
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=_help(known[name]),
+            **_arity(known[name].type),
+        )
+
+
+def given_flags(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """{leaf: value} of those of `names` that were given. Raises SettingsError."""
+    known, found, problems = known_settings(), {}, []
+    for name in names:
+        if not hasattr(args, name):
+            continue
+        try:
+            value = check_value(FlagValue(getattr(args, name)), known[name].type)
+            found[name.split(".", 1)[1]] = value
+        except Wrong as wrong:
+            problems.append(f"--{name.split('.', 1)[1]} {wrong}")
+    if problems:
+        raise SettingsError(listed(problems))
+    return found
 
 
 def short_names(known: Mapping[str, Setting]) -> dict[str, str]:

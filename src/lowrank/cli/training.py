@@ -15,7 +15,7 @@ from lowrank.cli.opening import (
     held_out,
     model_path,
     open_base,
-    open_rows,
+    open_read,
     open_tokenizer,
 )
 from lowrank.cli.quantising import wanted
@@ -26,6 +26,7 @@ from lowrank.quantisation import Quantisation
 from lowrank.train.callbacks import Screen
 from lowrank.train.encode import Encoded, encode, pad_id
 from lowrank.train.evaluate import Evaluation, evaluate, mean_loss
+from lowrank.train.rows import DataError, ReadData, supervised
 from lowrank.train.sft import Training, count_trainable, train_sft
 
 # what a run writes: --overwrite removes these, and nothing else that is in the folder
@@ -47,6 +48,7 @@ class Data(NamedTuple):
     train: Encoded
     eval: Encoded | None
     skill: Encoded | None  # text on which the base's own skill is measured
+    found: ReadData  # how the training rows were read
 
 
 class Result(NamedTuple):
@@ -65,12 +67,14 @@ def open_data(settings: RunSettings) -> Data:
     data, path = settings.data, model_path(settings.model.path or "")
     tokenizer = open_tokenizer(path, settings.model.revision)
     length = context_length(load_config(path, settings.model.revision), data.max_length)
-    rows, eval_rows = open_rows(data.train or [], "train"), None
-    if data.eval is not None:
-        eval_rows = open_rows(data.eval, "test")
-    elif data.eval_split is not None:
+    found, eval_found, skill_found = _all_read(
+        (data.train or [], "train", data.reading),
+        (data.eval or [], "test", data.reading),
+        (data.base_skill or [], "test", {}),
+    )
+    rows, eval_rows, skill = map(supervised, (found, eval_found, skill_found))
+    if data.eval is None and data.eval_split is not None:
         rows, eval_rows = held_out(rows, data.eval_split, settings.train.seed)
-    skill = open_rows(data.base_skill, "test") if data.base_skill else None
     read = partial(
         encode,
         tokenizer=tokenizer,
@@ -83,7 +87,21 @@ def open_data(settings: RunSettings) -> Data:
         read(rows[: data.limit]),
         read(eval_rows) if eval_rows else None,
         read(skill) if skill else None,
+        found,
     )
+
+
+def _all_read(*wanted: tuple[list[str] | str, str, dict[str, Any]]) -> list[ReadData]:
+    """Each (names, split, options) read; what is wrong with any of them comes in one DataError."""
+    found, problems = [], []
+    for names, split, options in wanted:
+        try:
+            found.append(open_read(names, split, **options))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return found
 
 
 def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | None) -> Result:

@@ -27,7 +27,7 @@ from lowrank.train.shapes import (
 
 
 @dataclass(frozen=True)
-class Data:
+class ReadData:
     """Rows of any shape, and how they were read."""
 
     rows: list[Row | Preference | Judged]
@@ -42,7 +42,7 @@ def read_rows(paths: Sequence[str | Path], **options: Any) -> list[Row]:
     return supervised(read_data(paths, **options))
 
 
-def supervised(data: Data) -> list[Row]:
+def supervised(data: ReadData) -> list[Row]:
     """Its rows, none of which says which of two answers is better, or whether one is good."""
     rows = [row for row in data.rows if isinstance(row, Row)]
     if len(rows) < len(data.rows):
@@ -66,7 +66,7 @@ def read_data(
     separator: str | None = None,
     prompt_template: str | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
-) -> Data:
+) -> ReadData:
     """The rows of files, folders, datasets on disk (`datasets`) and names on the hub, in order.
 
     shape: one of shapes.SHAPES; None: told from the columns. columns: {column in the data: name here}, or
@@ -94,7 +94,7 @@ def read_data(
     if problems.files or (problems.found and (on_bad_row == "error" or not rows)):
         raise DataError(problems.report(len(rows)))
     report = problems.report(len(rows)) if problems.found else ""
-    return Data(rows, dict(shapes.most_common()), list(unread), problems.rows, report)
+    return ReadData(rows, dict(shapes.most_common()), list(unread), problems.rows, report)
 
 
 def _row(

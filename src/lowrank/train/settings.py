@@ -57,8 +57,10 @@ class DataSettings:
     @property
     def reading(self) -> dict[str, Any]:
         """The options of `rows.read_data`."""
-        names = ("shape", "columns", "separator", "prompt_template", "on_bad_row")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in READING}
+
+
+READING = ("shape", "columns", "separator", "prompt_template", "on_bad_row")
 
 
 @dataclass(frozen=True)
