@@ -194,8 +194,8 @@ def _candidate_table(c: Candidates, onto: str | None) -> RenderableType:
         table.add_row(f"{name} + ΔW{written}", *values)
     trained = "quantised + ΔW (trained)"
     table.add_row(trained, "", "", "", number(_loss(first.perplexity_adapter), ".4f"))
-    table.add_row("quantised", "", "", "", number(_loss(first.perplexity_base), ".4f"))
-    table.add_row("original", "", "", "", number(_loss(c.original_base), ".4f"))
+    table.add_row("quantised base", "", "", "", number(_loss(first.perplexity_base), ".4f"))
+    table.add_row("original base", "", "", "", number(_loss(c.original_base), ".4f"))
     return Group(_facts([("trained on", c.quantisation)]), table)
 
 
