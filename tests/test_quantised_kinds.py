@@ -211,6 +211,17 @@ def test_parameters_are_counted_as_what_they_stand_for(kind):
     assert model.get_nb_trainable_parameters() == (trainable, trainable + width * out + out)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "Linear4bit nf4", "Linear8bitLt", "torchao int8"])
+def test_a_cast_for_mixed_precision_leaves_what_is_packed(kind):
+    torch.manual_seed(0)
+    case = QUANTISED[kind](torch.float32)
+    model = lowrank.get_peft_model(Holder(case), config(case))
+    W = case.W(case.layer)
+    lowrank.cast_mixed_precision_params(model, torch.bfloat16)
+    assert torch.equal(case.W(case.layer), W)
+    assert case.layer.bias.dtype == torch.bfloat16
+
+
 # --- what cannot be done is refused ---------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lowrank.bases.kinds import packed_sizes
 from lowrank.errors import AdapterNameError, MergeError, TargetError, did_you_mean
 from lowrank.layer import LoraLayer
 from lowrank.log import logger
@@ -104,8 +105,14 @@ def cast_adapter_dtype(
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters in `dtype`, trainable ones in float32: for mixed-precision training."""
+    """Frozen parameters in `dtype`, trainable ones in float32: for mixed-precision training.
+
+    Weights in few bits stay as they are.
+    """
+    packed = packed_sizes(model)
     for parameter in model.parameters():
+        if id(parameter) in packed:
+            continue
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 

@@ -24,7 +24,7 @@ from lowrank.lora import (
     weight_change,
 )
 from lowrank.mixed_batch import mixed_forward, weights_for_all
-from lowrank.output_change import add_output_change, weights_with
+from lowrank.output_change import add_output_change, output_in_one, weights_with
 from lowrank.routing import Routing
 
 
@@ -544,6 +544,9 @@ class LoraLayer(nn.Module):
         names = self._live()
         if not names:
             return self.base_layer(*args, **kwargs)
+        in_one = output_in_one(self, names, args, kwargs)
+        if in_one is not None:
+            return in_one
         y = base_output = self.base_layer(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear calls it `input`
         for name in names:

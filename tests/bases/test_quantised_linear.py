@@ -9,9 +9,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import lowrank
+from lowrank import LoraConfig
 from lowrank.bases.quantised_linear import QuantisedLinear
 from lowrank.errors import QuantisationError
-from lowrank.kernels.quantised_linear import quantised_linear, quantised_linear_reference
+from lowrank.kernels.quantised_linear import (
+    quantised_linear,
+    quantised_linear_reference,
+    quantised_lora,
+    quantised_lora_reference,
+)
 from lowrank.quantisation import Quantisation
 
 FORMATS = {
@@ -64,6 +71,39 @@ def test_backward_keeps_what_is_packed_and_no_more():
     torch.testing.assert_close(
         y, quantised_linear_reference(x, layer.packed, layer.quantisation, 33, None)
     )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(65,), (7, 65), (2, 3, 65)], ids=str)
+def test_with_an_adapter_in_it_the_gradients_are_those_of_the_plain_steps(shape, dtype):
+    layer = quantised("nf4 double")
+    torch.manual_seed(0)
+    start = [torch.randn(s).to(dtype) for s in (shape, (33,), (4, 65), (33, 4))]
+    g = torch.randn(*shape[:-1], 33).to(dtype)
+    results = []
+    for function, to in ((quantised_lora, dtype), (quantised_lora_reference, torch.float64)):
+        x, bias, A, B = leaves = [t.detach().to(to).requires_grad_() for t in start]
+        y = function(x, layer.packed, layer.quantisation, bias, A, B, 1.7)
+        assert y.dtype == to
+        results.append([y, *torch.autograd.grad(y, leaves, g.to(to))])
+    for found, expected in zip(*results, strict=True):
+        assert off(found, expected) < 3 * TOLERANCE[dtype]
+
+
+def test_a_layer_with_hooks_or_dropout_is_called():
+    """One product for base and adapter leaves the base layer out; whoever hooks it must not notice."""
+    model = lowrank.get_peft_model(
+        nn.Sequential(quantised("nf4")),
+        LoraConfig(r=2, target_modules=["0"], init_lora_weights=False),
+    ).eval()
+    x, seen = torch.randn(7, 65), []
+    expected = model(x)
+    layer = model.base_model.model[0].base_layer
+    hook = layer.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(x), expected)
+    hook.remove()
+    torch.testing.assert_close(model(input=x), expected)
+    assert seen == [1]
 
 
 def test_the_product_has_the_dtype_asked_for_and_x_gets_its_own_back():

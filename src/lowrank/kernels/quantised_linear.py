@@ -1,4 +1,4 @@
-"""x·Wᵀ + b where W is quantised: the base product of QLoRA."""
+"""x·Wᵀ + b where W is quantised, the base product of QLoRA; and the same with an adapter in it."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lowrank.kernels.low_rank_add import low_rank_add_reference
 from lowrank.kernels.quantisation import Packed, dequantise
 from lowrank.quantisation import Quantisation
 
@@ -59,3 +60,76 @@ class _QuantisedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, grad_bias, *[None] * 6
+
+
+def quantised_lora_reference(
+    x: Tensor,
+    packed: Packed,
+    quantisation: Quantisation,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """`quantised_linear` + scaling · x (*, in) · A (r, in)ᵀ · B (out, r)ᵀ, in plain steps."""
+    y = quantised_linear_reference(x, packed, quantisation, len(B), bias)
+    return low_rank_add_reference(y, F.linear(x, A), B, scaling)
+
+
+def quantised_lora(
+    x: Tensor,
+    packed: Packed,
+    quantisation: Quantisation,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """The same with one pass less over y, and one less over the gradient of x: both are added to in place.
+
+    Keeps x, x·Aᵀ and what is packed. All of x's dtype. benchmarks/quantised_step.py measures what it saves.
+    """
+    return _QuantisedLora.apply(x, bias, A, B, scaling, quantisation, *packed)
+
+
+class _QuantisedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        quantisation: Quantisation,
+        codes: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        offset: Tensor | None,
+    ) -> Tensor:
+        packed = Packed(codes, absmax, nested_absmax, offset)
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ A.T
+        ctx.save_for_backward(x, A, B, h, *packed)
+        ctx.quantisation, ctx.scaling = quantisation, scaling
+        y = quantised_linear_reference(rows, packed, quantisation, len(B), bias)
+        return y.addmm_(h, B.T, alpha=scaling).view(*x.shape[:-1], len(B))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, h, *held = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        to_h = (rows @ B) * ctx.scaling
+        grad_x = grad_bias = grad_A = grad_B = None
+        if ctx.needs_input_grad[0]:
+            shape = (len(B), A.shape[1])
+            W = dequantise(Packed(*held), ctx.quantisation, shape, grad.dtype)
+            grad_x = (rows @ W).addmm_(to_h, A).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_bias = rows.sum(0)
+        if ctx.needs_input_grad[2]:
+            grad_A = to_h.T @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[3]:
+            grad_B = (rows.T @ h) * ctx.scaling
+        return grad_x, grad_bias, grad_A, grad_B, *[None] * 6
