@@ -1,7 +1,8 @@
 import pytest
 import text
 
-from lowrank.train.encode import IGNORE, encode, pad_right, prompt_ids, prompt_text
+from lowrank.train.encode import IGNORE, encode, pad_right, prompt_ids, segments
+from lowrank.train.render import prompt_text
 from lowrank.train.rows import DataError, Row
 
 TALK = Row([{"role": "user", "content": "two?"}], "yes", "f:1")
@@ -111,3 +112,155 @@ def test_a_template_that_renders_the_prompt_anew_does_not_move_the_mask():
     encoded = encode([TALK], odd, max_length=100)
     assert odd.decode(encoded.examples[0]["input_ids"]) == "two?:yes<|end|>"
     assert learnt(encoded, odd) == "yes<|end|>"
+
+
+# --- several turns --------------------------------------------------------------------------------
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+TURNS = [
+    turn("system", "s"),
+    turn("user", "a"),
+    turn("assistant", "first"),
+    turn("user", "b"),
+    turn("assistant", "second"),
+    turn("tool", "t"),
+]
+LONG = Row(TURNS, "third", "f:1")
+# the same rendering as text.TEMPLATE, with the assistant's words marked; the end is outside of the marks
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# only the last answer has its thinking part, as in Qwen3's
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}"
+    "<think></think>{% endif %}{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def supervised(row, tokenizer, loss_on="assistant"):
+    """What is learnt of a row, part by part."""
+    encoded = encode([row], tokenizer, max_length=500, loss_on=loss_on)
+    return [text for text, learnt in segments(encoded.examples[0], tokenizer) if learnt]
+
+
+@pytest.mark.parametrize("template", [text.TEMPLATE, MARKED], ids=["without marks", "with marks"])
+@pytest.mark.parametrize(
+    ("loss_on", "parts"),
+    [
+        ("assistant", ["first<|end|>", "second<|end|>", "third<|end|>"]),
+        ("last", ["third<|end|>"]),
+        ("completion", ["third<|end|>"]),
+    ],
+)
+def test_the_turns_that_are_learnt(template, loss_on, parts):
+    """Each with its end, and without the line break after it, by position."""
+    tokenizer = text.byte_tokenizer(pad="<|end|>", template=template)
+    assert supervised(LONG, tokenizer, loss_on) == parts
+    example = encode([LONG], tokenizer, max_length=500, loss_on=loss_on).examples[0]
+    assert tokenizer.decode(example["input_ids"]) == (
+        "<|system|>s<|end|>\n<|user|>a<|end|>\n<|assistant|>first<|end|>\n<|user|>b<|end|>\n"
+        "<|assistant|>second<|end|>\n<|tool|>t<|end|>\n<|assistant|>third<|end|>"
+    )
+    assert supervised(LONG, tokenizer, "all") == [tokenizer.decode(example["input_ids"])]
+
+
+def test_a_completion_of_several_turns(tokenizer):
+    """What the user or a tool says in between is never the model's to learn."""
+    row = Row(TURNS[:2], "third", "f:1", [*TURNS[2:], turn("assistant", "third")])
+    assert supervised(row, tokenizer, "completion") == [
+        "first<|end|>",
+        "second<|end|>",
+        "third<|end|>",
+    ]
+    assert supervised(row, tokenizer, "last") == ["third<|end|>"]
+
+
+def test_a_message_of_weight_0_is_not_learnt():
+    turns = [turn("user", "a"), turn("assistant", "no", weight=0), turn("user", "b")]
+    for template in (text.TEMPLATE, MARKED):
+        tokenizer = text.byte_tokenizer(template=template)
+        assert supervised(Row(turns, "yes", "f:1"), tokenizer) == ["yes<|end|>"]
+        reply = [turn("assistant", "no", weight=0)]
+        row = Row([*TURNS[:3], turn("user", "b")], "no", "f:1", reply)
+        assert supervised(row, tokenizer) == ["first<|end|>"]
+
+
+def test_tools_and_calls_reach_the_template():
+    tokenizer = text.byte_tokenizer(
+        template="{{ tools[0].function.name }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.a }})"
+        "{% endfor %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    tools = [{"type": "function", "function": {"name": "plus"}}]
+    row = Row([turn("user", "q")], "", "f:1", [turn("assistant", "", tool_calls=[call])], tools)
+    encoded = encode([row], tokenizer, max_length=100)
+    assert segments(encoded.examples[0], tokenizer) == [
+        ("plus<|user|>q<|end|>\n<|assistant|>", False),
+        ("add(1)<|end|>", True),
+    ]
+
+
+def test_turns_that_change_once_more_follow_are_found_or_refused():
+    tokenizer = text.byte_tokenizer(template=THINKING)
+    assert supervised(LONG, tokenizer) == [
+        "first<|end|>",
+        "second<|end|>",
+        "<think></think>third<|end|>",
+    ]
+    # a template that numbers the messages from the end: no beginning of it stays as it was
+    odd = text.byte_tokenizer(
+        template="{% for m in messages %}{{ loop.revindex }}{{ m.content }}<|end|>{% endfor %}"
+    )
+    with pytest.raises(DataError) as caught:
+        encode([LONG, LONG._replace(where="f:2")], odd, max_length=100, loss_on="assistant")
+    assert "f:1, 2: message 3 has no clear place" in str(caught.value)
+    assert "Use data.loss_on: last, or a template with {% generation %} marks" in str(caught.value)
+
+
+def test_a_template_that_refuses_rows_names_them_all():
+    strict = text.byte_tokenizer(
+        template="{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}"
+        "{% endif %}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    )
+    with pytest.raises(DataError, match="f:1, 1: the chat template refuses it: no system here"):
+        encode([LONG, TALK._replace(where="f:9"), LONG], strict, max_length=100)
+
+
+def test_an_end_token_of_another_name_is_learnt_too():
+    """A turn ends in <|system|> here, and eos comes after it: both are learnt, in each turn its own end."""
+    for body in ("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"):
+        odd = text.byte_tokenizer(
+            template="{% for m in messages %}{% if m.role == 'assistant' %}" + body + "{% else %}"
+            "{{ m.content }}{% endif %}<|system|>{% endfor %}"
+        )
+        row = Row([turn("user", "a"), turn("assistant", "b"), turn("user", "c")], "d", "f:1")
+        assert supervised(row, odd) == ["b<|system|>", "d<|system|><|end|>"]
+
+
+def test_a_token_across_the_border_is_cut_there():
+    """What is given before an answer is never glued to it: the model will not see it so."""
+    tokenizer = text.byte_tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.add_tokens(["xy"])  # one token, wherever it stands
+    assert len(tokenizer("xy")["input_ids"]) == 1
+    row = Row([turn("user", "ax"), turn("assistant", "yb"), turn("user", "x")], "yc", "f:1")
+    example = encode([row], tokenizer, max_length=50, loss_on="assistant").examples[0]
+    assert [tokenizer.decode(i) for i in example["input_ids"]] == [*"axybxyc", "<|end|>"]
+    learnt = [tokenizer.decode(i) for i in example["labels"] if i != IGNORE]
+    assert learnt == [*"ybyc", "<|end|>"]
+
+
+def test_segments_are_the_whole_text(tokenizer):
+    row = Row("é?", " naïve — 漢字", "f:1")
+    encoded = encode([row], tokenizer, max_length=100, chat_template=False)
+    assert segments(encoded.examples[0], tokenizer) == [
+        ("é?", False),
+        (" naïve — 漢字<|end|>", True),
+    ]

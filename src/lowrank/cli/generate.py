@@ -51,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from lowrank.cli.opening import open_model
-    from lowrank.train.encode import prompt_ids, prompt_text
+    from lowrank.train.encode import prompt_ids
     from lowrank.train.evaluate import generate_batch
+    from lowrank.train.render import prompt_text
 
     opened = open_model(
         args.model,

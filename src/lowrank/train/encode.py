@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank.train.rows import DataError, Row
+from lowrank.train.records import BadRow, DataError, Problems
+from lowrank.train.render import LossOn, Rendered, rendered
+from lowrank.train.shapes import Row
 
 IGNORE = -100  # a label that takes no part in the loss
 
@@ -39,27 +41,27 @@ def encode(
     tokenizer: Any,
     *,
     max_length: int,
-    loss_on: Literal["completion", "all"] = "completion",
+    loss_on: LossOn = "completion",
     chat_template: bool = True,
 ) -> Encoded:
     """Token ids and labels of `rows`; a row longer than `max_length` tokens is cut at its end.
 
-    Labels are decided by position: with `loss_on="completion"` the answer and the end-of-sequence
-    token that closes it, whatever ids they have; with "all" the prompt too; of `text` rows always
-    everything. Raises DataError if no row keeps a part of its answer.
+    Labels are decided by position: those of the turns that `render.rendered` tells for `loss_on`, and
+    of the end-of-sequence token that closes the last, whatever ids they have. Raises DataError where
+    the chat template cannot take a row, and if no row keeps a part of its answer.
     """
-    prompts = [prompt_text(row.prompt, tokenizer, chat_template) for row in rows]
-    texts = [
-        prompt + _answer_text(row, prompt, tokenizer, chat_template)
-        for row, prompt in zip(rows, prompts, strict=True)
-    ]
-    templated = [_has_template(row.prompt, tokenizer, chat_template) for row in rows]
+    problems, texts, rows_ = Problems(), [], []
+    for row in rows:
+        try:
+            texts.append(rendered(row, tokenizer, loss_on, chat_template))
+            rows_.append(row)
+        except BadRow as bad:
+            problems.add(row.where, str(bad))
+    if problems.found:
+        raise DataError(problems.report(len(rows_)))
     examples, kept, truncated = [], [], 0
-    for row, (ids, start) in zip(
-        rows, _split_ids(prompts, texts, templated, tokenizer), strict=True
-    ):
-        start = 0 if loss_on == "all" else start
-        labels = [IGNORE] * start + ids[start:]
+    for row, (ids, learnt) in zip(rows_, _tokens(texts, tokenizer), strict=True):
+        labels = [token if yes else IGNORE for token, yes in zip(ids, learnt, strict=True)]
         # the first token is never predicted: without a token after it nothing is learnt
         if all(label == IGNORE for label in labels[1:max_length]):
             continue
@@ -81,17 +83,6 @@ def encode(
         dropped=len(rows) - len(examples),
         max_length=max_length,
     )
-
-
-def prompt_text(
-    prompt: list[dict[str, str]] | str | None, tokenizer: Any, chat_template: bool = True
-) -> str:
-    """The text a model is given before it answers; a string is a user's turn if there is a template."""
-    if prompt is None:
-        return ""
-    if not _has_template(prompt, tokenizer, chat_template):
-        return prompt  # type: ignore[return-value]  # a conversation without a template has raised
-    return tokenizer.apply_chat_template(_turns(prompt), tokenize=False, add_generation_prompt=True)
 
 
 def prompt_ids(texts: Sequence[str], tokenizer: Any, templated: bool) -> list[list[int]]:
@@ -134,57 +125,113 @@ def pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _turns(prompt: list[dict[str, str]] | str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def segments(example: dict[str, list[int]], tokenizer: Any) -> list[tuple[str, bool]]:
+    """An example as text, cut where what is learnt begins or ends; True: learnt."""
+    ids, labels = example["input_ids"], example["labels"]
+    learnt = [label != IGNORE for label in labels]
+    learnt[:1] = learnt[1:2]  # the first token is never predicted
+    ends = [i for i in range(1, len(ids)) if learnt[i] != learnt[i - 1]] + [len(ids)]
+    # each from the start of the row: decoded by itself, a part may lose the space before it
+    texts = [tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in ends]
+    starts = ["", *texts[:-1]]
+    return [
+        (text[len(before) :], learnt[end - 1])
+        for before, text, end in zip(starts, texts, ends, strict=True)
+    ]
 
 
-def _has_template(prompt: Any, tokenizer: Any, chat_template: bool) -> bool:
-    """Whether `prompt` goes through the tokenizer's chat template."""
-    if prompt is None:
-        return False
-    usable = chat_template and bool(tokenizer.chat_template)
-    if not usable and not isinstance(prompt, str):
-        raise DataError(
-            "these rows hold `messages`, which need a chat template: "
-            + ("data.chat_template is false" if not chat_template else "this tokenizer has none")
-            + ".\nUse prompt/completion rows, or a tokenizer with a chat template."
+def _tokens(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
+    """For each text its ids, closed by the end token, and which of them are learnt."""
+    found: list[tuple[list[int], list[bool]]] = [([], [])] * len(texts)
+    marked = [i for i, text in enumerate(texts) if text.marked is not None]
+    for i in marked:
+        found[i] = _by_marks(texts[i], tokenizer)
+    for templated in (False, True):
+        where = [i for i, t in enumerate(texts) if t.marked is None and t.templated is templated]
+        # all beginnings of all texts in one call: the tokenizer has threads of its own
+        parts = dict.fromkeys(
+            texts[i].text[:border] for i in where for border in (*_borders(texts[i]), None)
         )
-    return usable
+        ids = dict(zip(parts, prompt_ids(list(parts), tokenizer, templated), strict=True))
+        for i in where:
+            found[i] = _by_spans(texts[i], ids, tokenizer)
+    return [
+        _closed(*pair, text, tokenizer.eos_token_id)
+        for pair, text in zip(found, texts, strict=True)
+    ]
 
 
-def _answer_text(row: Row, prompt: str, tokenizer: Any, chat_template: bool) -> str:
-    if not _has_template(row.prompt, tokenizer, chat_template):
-        return row.answer
-    turns = [*_turns(row.prompt or ""), {"role": "assistant", "content": row.answer}]
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    # a template that renders the prompt in another way once an answer follows (it drops an old
-    # thinking part, say): train on what the model will see when it has to answer
-    return whole[len(prompt) :] if whole.startswith(prompt) else row.answer
+def _borders(text: Rendered) -> list[int]:
+    return [b for span in text.spans for b in span if 0 < b < len(text.text)]
 
 
-def _split_ids(
-    prompts: list[str], texts: list[str], templated: list[bool], tokenizer: Any
-) -> list[tuple[list[int], int]]:
-    """For each row its ids, closed by eos, and the position at which the answer starts."""
-    split: list[tuple[list[int], int]] = [([], 0)] * len(texts)
-    for flag in set(templated):
-        where = [i for i, t in enumerate(templated) if t is flag]
-        heads = prompt_ids([prompts[i] for i in where], tokenizer, templated=flag)
-        wholes = prompt_ids([texts[i] for i in where], tokenizer, templated=flag)
-        for i, head, whole in zip(where, heads, wholes, strict=True):
-            head = head if prompts[i] else []
-            if whole[: len(head)] != head:
-                # a token straddles the border: the model will be given the prompt's own tokens
-                tail = tokenizer(texts[i][len(prompts[i]) :], add_special_tokens=False)
-                whole = head + tail["input_ids"]
-            split[i] = (_closed(whole, len(head), flag, tokenizer.eos_token_id), len(head))
-    return split
+def _by_spans(
+    text: Rendered, ids: dict[str, list[int]], tokenizer: Any
+) -> tuple[list[int], list[bool]]:
+    """The text's ids and which are learnt. ids: of the text, and of all that comes before a border."""
+
+    def plain(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False)["input_ids"]
+
+    done: list[int] = []  # ids before `base`
+    base, rest, position = 0, ids[text.text], {0: 0}
+    for border in _borders(text):
+        head = plain(text.text[base:border]) if base else ids[text.text[:border]]
+        if rest[: len(head)] != head:
+            # a token straddles the border: the model will be given the prompt's own tokens
+            done, base = [*done, *head], border
+            head, rest = [], plain(text.text[border:])
+        position[border] = len(done) + len(head)
+    done += rest
+    position[len(text.text)] = len(done)
+    learnt = [False] * len(done)
+    for start, end in text.spans:
+        learnt[position[start] : position[end]] = [True] * (position[end] - position[start])
+    return done, learnt
 
 
-def _closed(ids: list[int], start: int, templated: bool, eos: int | None) -> list[int]:
-    """`ids` ending in eos: what a template puts after it is cut, a missing one is added."""
-    if eos is None or ids[-1:] == [eos]:
-        return ids
-    if templated and eos in ids[start:]:
-        return ids[: len(ids) - ids[::-1].index(eos)]
-    return [*ids, eos]
+def _by_marks(text: Rendered, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """As the template's {% generation %} marks say; a special token right after each is its end."""
+    out = tokenizer.apply_chat_template(
+        **(text.marked or {}), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, learnt = list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
+    special = _special(tokenizer)
+    for i in range(1, len(ids)):
+        if learnt[i - 1] and not learnt[i] and ids[i] in special and ids[i - 1] not in special:
+            learnt[i] = True
+    return ids, learnt
+
+
+def _closed(
+    ids: list[int], learnt: list[bool], text: Rendered, eos: int | None
+) -> tuple[list[int], list[bool]]:
+    """Each learnt turn ends in its end token: what a template puts after it is not learnt.
+
+    After the last one it is cut, and a missing end token is added.
+    """
+    if eos is None:
+        return ids, learnt
+    learnt = list(learnt)
+    for start, end in runs(learnt):
+        if text.templated and eos in ids[start:end]:
+            after = end - ids[start:end][::-1].index(eos)
+            learnt[after:end] = [False] * (end - after)
+    if not text.closed or ids[-1:] == [eos]:
+        return ids, learnt
+    last = max((i for i, yes in enumerate(learnt) if yes), default=-1)
+    if text.templated and last >= 0 and ids[last] == eos:
+        return ids[: last + 1], learnt[: last + 1]
+    return [*ids, eos], [*learnt, True]
+
+
+def runs(learnt: Sequence[bool]) -> list[tuple[int, int]]:
+    """(start, end) of every unbroken stretch of what is learnt."""
+    padded = [False, *learnt, False]
+    turns = [i for i in range(len(padded) - 1) if padded[i] != padded[i + 1]]
+    return list(zip(turns[::2], turns[1::2], strict=True))
+
+
+def _special(tokenizer: Any) -> set[int]:
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | {tokenizer.eos_token_id}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lowrank.train.encode import IGNORE, Encoded, pad_id, pad_right, prompt_ids, prompt_text
-from lowrank.train.rows import Row
+from lowrank.train.encode import IGNORE, Encoded, pad_id, pad_right, prompt_ids
+from lowrank.train.render import prompt_text
+from lowrank.train.shapes import Row
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def answer_rows(
     chat_template: bool = True,
 ) -> list[str]:
     """Greedy answers to the prompts of `rows`, in their order."""
-    texts = [prompt_text(row.prompt, tokenizer, chat_template) for row in rows]
+    texts = [prompt_text(row.prompt, tokenizer, chat_template, row.tools) for row in rows]
     templated = chat_template and bool(tokenizer.chat_template)
     prompts = prompt_ids(texts, tokenizer, templated)
     answers = [""] * len(rows)

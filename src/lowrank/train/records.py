@@ -19,7 +19,7 @@ class DataError(LowrankError, ValueError):
     """Rows that cannot be trained on, by file and line."""
 
 
-class BadRow(ValueError):
+class BadRow(LowrankError, ValueError):
     """Why one line is not a row."""
 
 

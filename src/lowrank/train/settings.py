@@ -39,7 +39,10 @@ class DataSettings:
     max_length: Annotated[
         int | None, "tokens a row; null: 2048, or less if the model is", COUNT
     ] = None
-    loss_on: Annotated[Literal["completion", "all"], "which tokens are learnt"] = "completion"
+    loss_on: Annotated[
+        Literal["completion", "assistant", "last", "all"],
+        "which tokens are learnt: the answer's, all of the assistant, its last turn's, or all",
+    ] = "completion"
     chat_template: Annotated[bool, "put prompts through the tokenizer's chat template"] = True
     limit: Annotated[int | None, "use only the first N training rows", COUNT] = None
     shape: Annotated[
