@@ -13,6 +13,7 @@ from lowrank import LoraConfig, PeftModel, get_peft_model
 from lowrank.adapter_file import read_adapter
 from lowrank.bases.quantised_linear import QuantisedLinear
 from lowrank.errors import BaseMismatchError, LowrankError, MergeError
+from lowrank.kernels.quantisation import rounded
 from lowrank.merge import merge_to_folder
 from lowrank.model_folder import ModelFolderError, load_model
 from lowrank.quantisation import Quantisation
@@ -276,3 +277,48 @@ def test_layers_that_the_base_does_not_have(folders):
     write_base(tiny.llama(layers=1), base, torch.bfloat16, tokenizer=False)
     with pytest.raises(LowrankError, match=r"model\.layers\.1"):
         merge_to_folder(base, adapter, out, onto="dequantised")
+
+
+@pytest.mark.parametrize(("bits", "form"), [(4, "nf4"), (8, "int8")])
+def test_loftq_from_the_files(base, tmp_path, bits, form):
+    """Its adapter makes up for the quantisation: at the start Q + ΔW is nearer to W than Q is."""
+    model = load_model(base, "CAUSAL_LM", dtype=torch.float32).model
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
+        init_lora_weights="loftq",
+        loftq_config={"loftq_bits": bits, "loftq_iter": 1},
+    )
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    result = merge_to_folder(base, tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    assert (result.onto, result.built) == ("dequantised", None)
+    assert "LoftQ" in result.why
+    W, M = tensors_of(base), tensors_of(tmp_path / "out")
+    changed = [name for name in W if not torch.equal(W[name].float(), M[name])]
+    assert len(changed) == 4
+    for name in changed:
+        Q = rounded(W[name].float(), FORMS[form]).double()
+        exact = Q + delta(tmp_path / "adapter", name)
+        torch.testing.assert_close(M[name].double(), exact, atol=1e-7, rtol=1e-6)
+        assert (exact - W[name].double()).norm() < 0.95 * (Q - W[name].double()).norm()
+    found = verify(base, tmp_path / "adapter", tmp_path / "out")
+    assert found.passed, found.reasons
+    assert (found.onto, found.candidates) == ("dequantised", None)
+    with pytest.raises(MergeError, match="it would count twice"):
+        merge_to_folder(base, tmp_path / "adapter", tmp_path / "o", onto="original")
+
+
+def test_loftq_in_several_turns_is_not_made_again(base, tmp_path):
+    model = load_model(base, "CAUSAL_LM", dtype=torch.float32).model
+    config = LoraConfig(
+        r=3,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
+        init_lora_weights="loftq",
+        loftq_config={"loftq_bits": 4, "loftq_iter": 2},
+    )
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LowrankError, match="started with LoftQ stands on a quantised base"):
+        merge_to_folder(base, tmp_path / "adapter", tmp_path / "out")

@@ -46,11 +46,15 @@ def fingerprint(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     Empty if the weights are not there (meta device).
     """
     weights = {}
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    loftq = (
+        getattr(config, "init_lora_weights", None) == "loftq"
+    )  # it will quantise this base again
     for path, chain in lora_chains(model):
         for layer in reversed(chain):
             if adapter_name not in layer.r:
                 continue
-            W = layer.unmerged_weight()
+            W = layer.original_weight() if loftq else layer.unmerged_weight()
             if W.device.type == "meta":
                 return {}
             quantisation = quantisation_of(layer.get_base_layer())

@@ -36,7 +36,14 @@ from lowrank.model_folder import (
 )
 from lowrank.new_folder import GENERATION, check_out, complete_folder, copy_rest
 from lowrank.quantisation import Quantisation
-from lowrank.quantised_base import METADATA_KEY, from_json, round_weights, to_json
+from lowrank.quantised_base import (
+    METADATA_KEY,
+    is_loftq,
+    on_quantised,
+    round_weights,
+    to_json,
+    trained_on,
+)
 from lowrank.unload import say_untied
 from lowrank.verify.candidates import compare_candidates
 from lowrank.verify.inputs import Example
@@ -160,6 +167,9 @@ class _Job(NamedTuple):
     onto: str | None = None
     why: str = ""
     candidates: Candidates | None = None
+    loftq: bool = (
+        False  # `file` is an ordinary LoRA on the quantised weights; in its folder it is LoftQ's
+    )
     trained_on: Mapping[str, Quantisation] = {}  # by path, of a base that is not stored so
 
     @property
@@ -178,7 +188,7 @@ def _with_onto(job: _Job, onto: str | None, inputs: Sequence[str | Example] | No
     """The job with the weights that ΔW goes onto, chosen by measuring where nobody said it."""
     if onto not in (None, *ONTO):
         raise MergeError(f"onto={onto!r} is none of: {', '.join(ONTO)}.")
-    layers = from_json(job.file.metadata.get(METADATA_KEY))
+    layers = trained_on(job.file)
     if quantised_by(load_config(job.base, job.revision)) is not None:
         if onto not in (None, DEQUANTISED):
             raise MergeError(
@@ -192,6 +202,14 @@ def _with_onto(job: _Job, onto: str | None, inputs: Sequence[str | Example] | No
             )
         return job
     job = job._replace(trained_on=layers)
+    if is_loftq(job.file):
+        if onto not in (None, DEQUANTISED):
+            raise MergeError(
+                f"{job.adapter} was started with LoftQ: its ΔW makes up for the quantisation, and on the original "
+                "weights it would count twice. Leave onto out."
+            )
+        why = "LoftQ's adapter makes up for the quantisation"
+        return job._replace(file=on_quantised(job.file), onto=DEQUANTISED, why=why, loftq=True)
     if onto is not None:
         return job._replace(onto=onto, why="as asked for")
     try:  # whatever does not fit is said before models are loaded
@@ -268,6 +286,11 @@ def _in_model(job: _Job, folder: Path) -> _Written:
     """The model in float32, merged and saved."""
     from lowrank.peft import PeftModel
 
+    if job.loftq:
+        raise MergeError(
+            f"{job.adapter} was started with LoftQ, and its base's files cannot be streamed. Load it in Python, and "
+            "merge_and_unload()."
+        )
     model: Any = load_base(job.base, job.task, job.file.tensors, revision=job.revision).model
     tied = is_tied(model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}

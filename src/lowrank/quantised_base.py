@@ -1,12 +1,17 @@
 """Which layers of a base are quantised and how: in a model, in an adapter's file, and put onto a model in 16 or 32 bits."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapter_file import Adapter
+from lowrank.adapter_layers import read_layers
 from lowrank.bases.kinds import quantisation_of
+from lowrank.init.weight import LOFTQ
+from lowrank.init_config import LoftQConfig
 from lowrank.kernels.quantisation import rounded
 from lowrank.quantisation import Quantisation
 from lowrank.wrappers import LoraLayer
@@ -39,6 +44,33 @@ def to_json(layers: Mapping[str, Quantisation]) -> list[dict[str, Any]]:
 def from_json(rows: Iterable[Mapping[str, Any]] | None) -> dict[str, Quantisation]:
     """The reverse of `to_json`; empty for an adapter whose file names none."""
     return {path: Quantisation.from_json(row) for row in rows or () for path in row["layers"]}
+
+
+def trained_on(adapter: Adapter) -> dict[str, Quantisation]:
+    """The layers of the base that were quantised under this adapter; empty if none was, or it is not known.
+
+    LoftQ quantises the layers that it adapts. Their weights are known from the base again where that is done in one
+    turn: in several, each takes the adapter of the one before into account.
+    """
+    layers = from_json(adapter.metadata.get(METADATA_KEY))
+    plain = on_quantised(adapter)
+    if not layers and plain is not adapter:
+        bits = LoftQConfig(**adapter.config.loftq_config).loftq_bits
+        return dict.fromkeys(read_layers(plain).layers, LOFTQ[bits])
+    return layers
+
+
+def is_loftq(adapter: Adapter) -> bool:
+    """Whether ΔW makes up for the quantisation, and so belongs to no other weights than the quantised ones."""
+    return adapter.config.init_lora_weights == "loftq"
+
+
+def on_quantised(adapter: Adapter) -> Adapter:
+    """LoftQ's adapter as what it is on those quantised weights, an ordinary LoRA; any other, or one of several turns, as it is."""
+    if not is_loftq(adapter) or LoftQConfig(**adapter.config.loftq_config).loftq_iter > 1:
+        return adapter
+    config = dataclasses.replace(adapter.config, init_lora_weights=True, loftq_config={})
+    return adapter._replace(config=config)
 
 
 def in_words(layers: Mapping[str, Quantisation]) -> str:

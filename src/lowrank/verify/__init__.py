@@ -43,7 +43,15 @@ from lowrank.model_folder import (
     task_of,
 )
 from lowrank.quantisation import Quantisation
-from lowrank.quantised_base import METADATA_KEY, from_json, round_weights, rounded_weight
+from lowrank.quantised_base import (
+    METADATA_KEY,
+    from_json,
+    is_loftq,
+    on_quantised,
+    round_weights,
+    rounded_weight,
+    trained_on,
+)
 from lowrank.verify import probe
 from lowrank.verify.candidates import compare_candidates
 from lowrank.verify.inputs import Example, Inputs, inputs_for
@@ -105,12 +113,19 @@ def verify(
     loaded = load_model(merged, task, any_shape=True)
     notes = _notes(merged)
     onto, layers = _onto(base, revision, file, notes, model, loaded.model)
-    if onto == DEQUANTISED:
+    if onto == DEQUANTISED and not is_loftq(file):  # which quantises the base when it is loaded
         round_weights(model, layers)
     weights = model.state_dict()
+    if is_loftq(file):
+        modules = {f"{path}.weight": model.get_submodule(path) for path in layers}
+        weights |= {
+            name: rounded_weight(m, layers[name.removesuffix(".weight")])
+            for name, m in modules.items()
+        }
     tally = Tally(weights, loaded.model.state_dict(), ROUNDING_KEY in notes)
     busiest: list[int] = []
-    exact = changes(weights, file.tensors, file.config, transposed_weights(model), file.start)
+    config = on_quantised(file).config
+    exact = changes(weights, file.tensors, config, transposed_weights(model), file.start)
     tally.check(_note_busiest(exact, names[0] if names else None, busiest))
     tied_merged, dtype = is_tied(loaded.model), _dtype(tally.checks)
     missing = sorted({*tally.missing, *loaded.missing, *loaded.misshapen})
@@ -121,7 +136,7 @@ def verify(
     with _said_elsewhere() if layers else nullcontext():
         outputs, trouble = _compare(model, adapter, merged, examples, task)
     del model, weights, tally.base
-    if layers and candidates is None:
+    if layers and candidates is None and not is_loftq(file):
         written = getattr(torch, dtype)
         candidates = compare_candidates(base, adapter, file, layers, task, written, inputs, seed)
 
@@ -183,9 +198,11 @@ def _onto(
     if quantised_by(load_config(base, revision)) is not None:
         return DEQUANTISED, {}
     said = json.loads(notes.get(ONTO_KEY, "{}"))
-    layers = from_json(said.get(METADATA_KEY) or file.metadata.get(METADATA_KEY))
+    layers = from_json(said.get(METADATA_KEY)) or trained_on(file)
     if not layers:
         return None, {}
+    if is_loftq(file):
+        return DEQUANTISED, layers
     onto = said.get("onto")
     return onto if onto in ONTO else _nearer(file, layers, model, merged), layers
 
