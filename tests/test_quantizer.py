@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowrank.quantizer as quantizer
+from lowrank import LoraConfig, get_peft_model
 from lowrank.bases.quantised_linear import QuantisedLinear
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, TargetError
 from lowrank.kernels.quantisation import quantise, rounded
 from lowrank.quantizer import QuantizationConfig, in_our_words
 
@@ -146,3 +147,24 @@ def test_skipped_layers_and_the_dtype_of_products(stored):
 def test_an_unknown_format():
     with pytest.raises(ConfigError, match="Did you mean 'nf4'"):
         QuantizationConfig("nf")
+
+
+@pytest.mark.filterwarnings("ignore:.*Enum subclass")
+def test_what_transformers_calls_trainable_and_is_not_is_refused(stored):
+    """torchao's dynamic int8: the Trainer would run, on outputs without a gradient."""
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    folder, original = stored
+    kinds = quantization.Int8DynamicActivationInt8WeightConfig, quantization.Int8WeightOnlyConfig
+    dynamic, weight_only = (
+        load(folder, quantization_config=TorchAoConfig(kind())) for kind in kinds
+    )
+    assert dynamic.hf_quantizer.is_trainable
+    config = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    if not hasattr(original, "transformer"):  # it leaves GPT-2's Conv1D as they are
+        with pytest.raises(TargetError, match="Int8WeightOnlyConfig"):
+            get_peft_model(dynamic, config)
+    model = get_peft_model(weight_only, config).train()
+    model(input_ids=tiny.IDS, labels=tiny.IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -1,19 +1,16 @@
 """A base with its weights rounded while it is loaded, tensor by tensor."""
 
+import dataclasses
 import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 
 from lowrank.bases.bitsandbytes_layers import keep_all_unpacked
-from lowrank.errors import LowrankError, MissingExtraError
+from lowrank.errors import LowrankError, MissingExtraError, QuantisationError
 from lowrank.quantisation import Quantisation
 
 BLOCK_SIZE = 64  # of the 4-bit formats: what bitsandbytes takes when transformers loads a model
-
-
-class QuantiseError(LowrankError, ValueError):
-    """A base cannot be loaded in that format, or not by that back end."""
 
 
 class Backend(NamedTuple):
@@ -21,11 +18,17 @@ class Backend(NamedTuple):
     package: str | None  # that has to be installed
 
 
-# in the order in which `auto` takes them; all run on a CPU and on CUDA
+# all run on a CPU and on CUDA
 BACKENDS = {
     "bitsandbytes": Backend(("nf4", "fp4", "int8"), "bitsandbytes"),
     "lowrank": Backend(("nf4", "fp4", "int8"), None),
     "torchao": Backend(("int8",), "torchao"),
+}
+# the first one that is installed; bitsandbytes' 8 bits round the inputs too, which no merge can do
+AUTO = {
+    "nf4": ("bitsandbytes", "lowrank"),
+    "fp4": ("bitsandbytes", "lowrank"),
+    "int8": ("lowrank",),
 }
 EXTRAS = {"bitsandbytes": "bnb", "torchao": "torchao"}
 
@@ -33,19 +36,17 @@ EXTRAS = {"bitsandbytes": "bnb", "torchao": "torchao"}
 def quantisation_for(format: str, backend: str = "auto", double: bool = True) -> Quantisation:
     """What `model.quantize` and its two companions mean on this machine.
 
-    double: the scales of a 4-bit format in 8 bits too; of no meaning for int8. Raises QuantiseError for a format
+    double: the scales of a 4-bit format in 8 bits too; of no meaning for int8. Raises QuantisationError for a format
     that the back end does not have, MissingExtraError for one that is not installed.
     """
     if backend == "auto":
-        backend = next(
-            name for name, row in BACKENDS.items() if format in row.formats and _here(row)
-        )
+        backend = next(name for name in AUTO[format] if _here(BACKENDS[name]))
     row = BACKENDS[backend]
     others = [name for name, other in BACKENDS.items() if format in other.formats and _here(other)]
     if format not in row.formats:
-        raise QuantiseError(
-            f"{backend} holds {' and '.join(row.formats)} here, and no {format}. For {format}: "
-            f"{' or '.join(others)}."
+        instead = f" For {format}: {' or '.join(others)}." if others else ""
+        raise QuantisationError(
+            f"{backend} holds {' and '.join(row.formats)} here, and no {format}.{instead}"
         )
     if not _here(row):
         raise MissingExtraError(
@@ -60,19 +61,14 @@ def quantisation_for(format: str, backend: str = "auto", double: bool = True) ->
 def held_here(quantisation: Quantisation) -> Quantisation:
     """The same numbers, by the same back end if it is installed here, else by one that stands for them."""
     if quantisation.backend not in BACKENDS:
-        raise QuantiseError(
+        raise QuantisationError(
             f"A base in 16 or 32 bits is not rounded to {quantisation} while it is loaded: only a model that is "
             f"stored so has it. Rounded while loading: {', '.join(BACKENDS)}."
         )
-    if _here(BACKENDS[quantisation.backend]) or quantisation.backend == "torchao":
-        return quantisation_checked(quantisation)
-    return Quantisation(
-        quantisation.format, "lowrank", quantisation.block_size, quantisation.double
-    )
-
-
-def quantisation_checked(quantisation: Quantisation) -> Quantisation:
-    quantisation_for(quantisation.format, quantisation.backend)
+    ours = quantisation.block_size not in (None, BLOCK_SIZE) or not _here(BACKENDS["bitsandbytes"])
+    if quantisation.backend == "bitsandbytes" and ours:
+        return dataclasses.replace(quantisation, backend="lowrank")
+    quantisation_for(quantisation.format, quantisation.backend)  # raises for what is missing
     return quantisation
 
 
@@ -112,7 +108,7 @@ def load_quantised(
     """The model in `folder` on `device`, each weight rounded as it is read: the float model is never whole in memory.
 
     quantisation: None for a folder that is stored quantised, which is loaded as it is. dtype: of what is not
-    quantised, and of the products. Raises QuantiseError.
+    quantised, and of the products. Raises QuantisationError.
     """
     import lowrank.quantizer  # noqa: F401  # transformers then knows what is stored in our format
     from lowrank.model_folder import load_config, load_model, quantised_by, refuse_lacking
@@ -122,7 +118,7 @@ def load_quantised(
     options: dict[str, Any] = {"device_map": {"": device}}
     if quantisation is not None:
         if stored is not None:
-            raise QuantiseError(
+            raise QuantisationError(
                 f"{folder} is stored quantised already ({stored}), and is not rounded once more.\n"
                 "Leave the quantisation out, or name the base in 16 or 32 bits."
             )
@@ -133,7 +129,7 @@ def load_quantised(
         if stored is None:
             raise
         cuda = "" if torch.cuda.is_available() else ", and torch sees no CUDA device here"
-        raise QuantiseError(
+        raise QuantisationError(
             f"{folder} is stored quantised ({stored}) and cannot be loaded{cuda}: {error}\n"
             "Name the base in 16 or 32 bits instead, and have it rounded while it is loaded: --quantize nf4."
         ) from error

@@ -17,7 +17,7 @@ ANSWERS = ["--eval.generate", "3", "--max_new_tokens", "8"]
 WAYS = {
     "nf4, lowrank": ("--quantize", "nf4", "--quantize_backend", "lowrank"),
     "fp4, bitsandbytes": ("--quantize", "fp4", "--double_quant", "false"),
-    "int8, lowrank": ("--quantize", "int8", "--quantize_backend", "lowrank"),
+    "int8, lowrank": ("--quantize", "int8"),
     "int8, bitsandbytes": ("--quantize", "int8", "--quantize_backend", "bitsandbytes"),
     "int8, torchao": ("--quantize", "int8", "--quantize_backend", "torchao"),
 }
@@ -132,6 +132,22 @@ def test_what_is_stored_quantised_is_opened_as_it_is(folder, capsys):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert main(["evaluate", f"{folder}/stored", "--quantize", "int8", *words]) == 2
     assert "stored quantised already (bitsandbytes)" in capsys.readouterr().err
+
+
+def test_a_form_that_does_not_run_here(folder, capsys):
+    """GPTQ's kernels are for CUDA, and their package is not installed: what to use instead."""
+    text.save_model(folder / "gptq")
+    path = folder / "gptq" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    path.write_text(json.dumps(config))
+    words = ["--data", f"{folder}/test.jsonl", "--generate", "0"]
+    assert main(["evaluate", f"{folder}/gptq", *words]) == 2
+    error = capsys.readouterr().err
+    assert "is stored quantised (gptq) and cannot be loaded" in error
+    assert "Name the base in 16 or 32 bits instead" in error
+    if not torch.cuda.is_available():
+        assert "torch sees no CUDA device here" in error
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("third_party.py")
-PARTS = ["trainer", "mixin", "whole", "sft", "dpo", "reward"]
+PARTS = ["trainer", "mixin", "whole", "sft", "qlora", "dpo", "reward"]
 OURS = ["switched"]  # with PEFT an error: Adapter second not found in {'first'}
 
 
@@ -79,6 +79,13 @@ def test_two_adapters_that_save_the_same_module(ours):
 def test_sft_trainer(ours):
     assert falls(ours["sft"]["losses"])
     assert len(ours["sft"]["keys"]["adapter_model.safetensors"]) == 2 * 2 * 3
+
+
+def test_sft_trainer_on_a_base_in_four_bits(ours):
+    pytest.importorskip("bitsandbytes")
+    assert falls(ours["qlora"]["losses"])
+    assert ours["qlora"]["losses"] != ours["sft"]["losses"]
+    assert ours["qlora"]["keys"] == ours["sft"]["keys"]
 
 
 def test_dpo_trainer(ours):

@@ -171,12 +171,12 @@ def whole(folder):
 # --- TRL --------------------------------------------------------------------------------------------
 
 
-def sft(folder):
+def sft(folder, model=None):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     run = SFTTrainer(
-        base(),
+        model or base(),
         SFTConfig(folder, **STEPS, max_length=32, bf16=False, gradient_checkpointing=True),
         train_dataset=Dataset.from_list(text.pairs(8)),
         processing_class=text.byte_tokenizer(),
@@ -186,6 +186,16 @@ def sft(folder):
     run.train()
     run.save_model(f"{folder}/out")
     return {"losses": losses(run), "keys": written(f"{folder}/out")[1]}
+
+
+def qlora(folder):
+    """The same on a base that bitsandbytes holds in 4 bits."""
+    base().save_pretrained(f"{folder}/base")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        f"{folder}/base", quantization_config=config, dtype=torch.float32
+    )
+    return sft(folder, model)
 
 
 def dpo(folder):

@@ -32,7 +32,7 @@ class ModelSettings:
     double_quant: Annotated[bool, "4 bits: the scales in 8 bits too"] = True
     quantize_backend: Annotated[
         Literal["auto", "bitsandbytes", "torchao", "lowrank"],
-        "auto: bitsandbytes where it is installed, else lowrank",
+        "auto: 4 bits by bitsandbytes where it is installed, else lowrank",
     ] = "auto"
 
 
