@@ -52,13 +52,13 @@ def sample(case: Case, dtype: torch.dtype) -> Data:
     if case.x.is_floating_point():
         along = [1] * case.x.ndim
         along[case.channel] = -1
-        scale = torch.linspace(0.4, 1.8, case.x.shape[case.channel]).view(along)
+        scale = torch.linspace(0.4, 1.8, case.x.shape[case.channel]).view(along).to(case.x.device)
         x = [cast(case, torch.randn_like(case.x) * scale, dtype) for _ in range(12)]
     else:
         x = [torch.randint_like(case.x, 11) for _ in range(12)]
     with torch.no_grad():
         y = case.call(case.layer, x[0])
-    return Data(x, [torch.randn(y.shape).to(dtype) for _ in x])
+    return Data(x, [torch.randn(y.shape).to(y.device, dtype) for _ in x])
 
 
 @dataclass
@@ -144,9 +144,9 @@ def met_by(case: Case, data: Data) -> Tensor:
     groups = getattr(case.layer, "groups", 1)
     columns = []
     for j in range(weight.shape[1]):
-        pick = torch.zeros(weight.shape, dtype=torch.float64)
+        pick = torch.zeros_like(weight)
         pick[:: weight.shape[0] // groups, j] = 1  # once for each group
-        nothing = torch.zeros(weight.shape[0], dtype=torch.float64)
+        nothing = pick[:, 0] * 0
         seen = [case.truth(pick, nothing, x.double()) for x in data.x]
         channels = [y.movedim(case.channel, -1)[..., :: weight.shape[0] // groups] for y in seen]
         columns.append(torch.cat([y.flatten() for y in channels]))

@@ -183,7 +183,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 # --- the tests ------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def check_start(case, model, init, base: Base, s: float, data: Data, x, y_base) 
         X = X - X.mean(0)
         S = torch.linalg.svdvals(X)
         A = A.reshape(R, -1)
-        assert (A @ A.T - torch.eye(R)).abs().max() < 1e-5
+        assert (A @ A.T - torch.eye(R, device=A.device)).abs().max() < 1e-5
         assert (X @ A.T).square().sum() > 0.98 * S[:R].square().sum()
     if init == "loftq":
         assert off(base.weight + change, base.W) < 0.9 * off(base.weight, base.W)
@@ -267,7 +267,7 @@ def check_forward(case: Case, model: PeftModel, want: Exact, x: Tensor) -> None:
     y64 = case.truth(want.W, want.bias, x64)
     assert off(y, y64.detach()) < case.rounding * TOLERANCE[dtype]
 
-    g = torch.randn(y.shape).to(dtype)
+    g = torch.randn(y.shape).to(y.device, dtype)
     (y * g).sum().backward()
     (y64 * g.double()).sum().backward(inputs=[*want.leaves.values(), *[x64] * x.requires_grad])
     for key, parameter in adapter_parameters(layer, "default").items():

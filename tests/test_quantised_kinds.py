@@ -33,7 +33,7 @@ import lowrank
 from lowrank import LoraConfig, Quantisation
 from lowrank.bases.kinds import kind_of, quantisation_of
 from lowrank.bases.quantised_linear import QuantisedLinear
-from lowrank.errors import MergeError, TargetError
+from lowrank.errors import AdapterMismatchError, MergeError, TargetError
 from lowrank.lora import initial_magnitude
 
 BITSANDBYTES = [kind for kind in QUANTISED if kind.startswith("Linear")]
@@ -138,6 +138,27 @@ def pickled(model):
     for m in (model, other):
         m.base_model.model.call = lambda layer, x: layer(x)
     return other
+
+
+@pytest.mark.parametrize("kind", ["nf4 double", "Linear4bit nf4 double", "Linear8bitLt"])
+def test_the_bases_state_is_the_unmerged_one(kind):
+    torch.manual_seed(0)
+    case = QUANTISED[kind](torch.float32)
+    before = {f"layer.{k}": t.clone() for k, t in case.layer.state_dict().items()}
+    model = lowrank.get_peft_model(Holder(case), config(case, init_lora_weights=False))
+    model.merge_adapter()
+    state = lowrank.get_base_model_state_dict(model)
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in before.items())
+    assert not torch.equal(case.layer.weight, state["layer.weight"])
+    model.unmerge_adapter()
+    if "Linear4bit" in kind:
+        with pytest.raises(AdapterMismatchError, match="does not load its scales"):
+            lowrank.set_base_model_state_dict(model, before)
+    if kind == "nf4 double":
+        case.layer.quantise(torch.randn(case.layer.shape))
+        lowrank.set_base_model_state_dict(model, before)
+        assert torch.equal(case.layer.absmax, before["layer.weight.absmax"])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "Linear8bitLt"])

@@ -46,6 +46,17 @@ class HeldWeight:
         store = self.store
         return store.parameter if self._unmerged is None else store.parameter_of(self._unmerged[0])
 
+    def unmerged_tensors(self) -> dict[str, Tensor]:
+        """W without any adapter in it, in the module's own form and by its names."""
+        store = self.store
+        if store.exact or self._unmerged is None:
+            return {self._layer.kind.weight: store.shaped(self.unmerged())}
+        merged = store.snapshot()  # several tensors, whose names are for the module to say
+        store.restore(self._unmerged[0])
+        found = self._layer.get_base_layer().state_dict()
+        store.restore(merged)
+        return found
+
     def unmerged_bias(self) -> Tensor | None:
         """The base layer's bias, as it is without a merge."""
         if self._unmerged is not None:

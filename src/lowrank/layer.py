@@ -286,9 +286,8 @@ class LoraLayer(LayerAdapters):
         """What a merge has replaced, as it was, by its name within this layer; empty if nothing is merged."""
         if not self.held.merged:
             return {}
-        weight = self.held.store.shaped(self.unmerged_weight())
         base = "base_layer." * len(self.chain())
-        found = {f"{base}{self.kind.weight}": weight}
+        found = {f"{base}{name}": tensor for name, tensor in self.held.unmerged_tensors().items()}
         bias = self.held.unmerged_bias()
         if bias is not None:
             found[f"{base}{self.kind.bias}"] = bias

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank.bases.bitsandbytes_layers import is_4bit
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError, AdapterMismatchError, MergeError, did_you_mean
 from lowrank.factors import with_rank
@@ -165,9 +166,14 @@ def set_base_model_state_dict(
     """Loads tensors into the base, by the names that they have without adapters.
 
     Raises MergeError while something is merged, and AdapterMismatchError, with nothing loaded, for a
-    tensor of another shape and (`strict`) for missing and unexpected ones.
+    tensor of another shape and (`strict`) for missing and unexpected ones, and for bitsandbytes' 4-bit layers,
+    whose own loading leaves the scales out.
     """
     base = _base(model)
+    if any(is_4bit(module) for module in base.modules()):
+        raise AdapterMismatchError(
+            "bitsandbytes' Linear4bit does not load its scales from a state dict: load the base with from_pretrained."
+        )
     if any(layer.merged for _, layer in mergeable(base)):
         raise MergeError("The base holds merged weights: unmerge_adapter() before loading others.")
     names, present = _base_names(base), base.state_dict()
@@ -176,7 +182,9 @@ def set_base_model_state_dict(
     wrong = {
         name: (tuple(state_dict[name].shape), tuple(present[key].shape))
         for name, key in names.items()
-        if name in state_dict and state_dict[name].shape != present[key].shape
+        if name in state_dict
+        and state_dict[name].shape != present[key].shape
+        and ".quant_state." not in name  # JSON, which the layer itself reads
     }
     if wrong or (strict and (missing or unexpected)):
         text = _mismatch_text(names, missing, unexpected, wrong, None)
