@@ -263,6 +263,8 @@ def test_what_cannot_be_merged_says_what_to_do(folders, tmp_path):
     ).save_pretrained(plain)
     with pytest.raises(MergeError, match="does not say that it was trained on a quantised base"):
         merge_to_folder(base, plain, out, onto="original")
+    with pytest.raises(MergeError, match="says that its base was quantised to nf4 in blocks of 64"):
+        merge_to_folder(base, adapter, out, trained_on=FORMS["int8"])
     edit_config(base, quantization_config={"quant_method": "gptq", "bits": 4})
     said = r"stored quantised \(gptq\)(.|\n)*merge_and_unload"
     with pytest.raises(ModelFolderError, match=said):
@@ -322,3 +324,26 @@ def test_loftq_in_several_turns_is_not_made_again(base, tmp_path):
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(LowrankError, match="started with LoftQ stands on a quantised base"):
         merge_to_folder(base, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_files_go_to_peft_and_come_from_it(folders, tmp_path):
+    """PEFT loads what names its quantisation; what PEFT wrote is told."""
+    import peft
+
+    base, adapter, out, held = folders
+    theirs = peft.PeftModel.from_pretrained(load_model(base, "CAUSAL_LM").model, adapter)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert not read_adapter(tmp_path / "theirs").metadata
+    told = {"trained_on": FORMS["nf4 doubly"], "dtype": "float32"}
+    result = merge_to_folder(base, tmp_path / "theirs", out, onto="dequantised", **told)
+    assert result.onto == "dequantised"
+    M = tensors_of(out)
+    for name, Q in held.items():
+        exact = Q + delta(adapter, name)
+        torch.testing.assert_close(M[name].double(), exact, atol=1e-7, rtol=1e-6)
+    found = verify(base, tmp_path / "theirs", out)
+    assert found.passed, found.reasons
+    assert found.onto == "dequantised"
+    assert found.candidates.original.relative_difference > 0.05

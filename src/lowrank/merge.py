@@ -38,12 +38,14 @@ from lowrank.new_folder import GENERATION, check_out, complete_folder, copy_rest
 from lowrank.quantisation import Quantisation
 from lowrank.quantised_base import (
     METADATA_KEY,
+    in_words,
     is_loftq,
     on_quantised,
     round_weights,
     to_json,
     trained_on,
 )
+from lowrank.quantising import quantisable
 from lowrank.unload import say_untied
 from lowrank.verify.candidates import compare_candidates
 from lowrank.verify.inputs import Example
@@ -85,6 +87,7 @@ def merge_to_folder(
     covariances: Mapping[str, Tensor] | None = None,
     onto: str | None = None,
     inputs: Sequence[str | Example] | None = None,
+    trained_on: Quantisation | None = None,
 ) -> MergedFolder:
     """Write base + adapter as one model folder, for transformers and whoever reads its format.
 
@@ -103,6 +106,8 @@ def merge_to_folder(
     ones stand for, as training saw them) or "original" (those of `base`, in 16 or 32 bits). None measures both on
     `inputs` (those of `verify`), which loads the base in float32, and writes the one with the lower loss: the result's
     `candidates` and `why`. A base that is stored quantised is always dequantised.
+    trained_on: how the base was quantised in training, all layers but the output head, for an adapter whose file does
+    not say so: one that PEFT wrote.
     `out` appears when it is complete, in one rename. Raises MergeError if `out` exists and is not
     empty (unless `overwrite`), if a merged weight is not finite, or if the layers cannot be merged.
     """
@@ -116,7 +121,7 @@ def merge_to_folder(
     revision = getattr(file.config, "revision", None)
     task = task_of(base, file.config.task_type, revision)
     job = _Job(str(base), str(adapter), file, task, revision, target, covariances or {})
-    job = _with_onto(job, onto, inputs)
+    job = _with_onto(job, onto, inputs, trained_on)
 
     with complete_folder(out) as folder:
         try:
@@ -184,11 +189,23 @@ class _Written(NamedTuple):
     untied: bool
 
 
-def _with_onto(job: _Job, onto: str | None, inputs: Sequence[str | Example] | None) -> _Job:
+def _with_onto(
+    job: _Job,
+    onto: str | None,
+    inputs: Sequence[str | Example] | None,
+    told: Quantisation | None,
+) -> _Job:
     """The job with the weights that ΔW goes onto, chosen by measuring where nobody said it."""
     if onto not in (None, *ONTO):
         raise MergeError(f"onto={onto!r} is none of: {', '.join(ONTO)}.")
     layers = trained_on(job.file)
+    if told is not None:
+        named = {one.rounding for one in layers.values()}
+        if named - {told.rounding}:
+            raise MergeError(
+                f"trained_on={told}: {job.adapter} says that its base was quantised to {in_words(layers)}. Leave it out."
+            )
+        layers = layers or dict.fromkeys(_quantisable(job), told)
     if quantised_by(load_config(job.base, job.revision)) is not None:
         if onto not in (None, DEQUANTISED):
             raise MergeError(
@@ -198,7 +215,8 @@ def _with_onto(job: _Job, onto: str | None, inputs: Sequence[str | Example] | No
     if not layers:
         if onto is not None:
             raise MergeError(
-                f"onto={onto!r}: {job.adapter} does not say that it was trained on a quantised base. Leave it out."
+                f"onto={onto!r}: {job.adapter} does not say that it was trained on a quantised base. Leave it out, "
+                "or say how that was quantised: trained_on=…, --trained-on."
             )
         return job
     job = job._replace(trained_on=layers)
@@ -221,6 +239,11 @@ def _with_onto(job: _Job, onto: str | None, inputs: Sequence[str | Example] | No
         job.base, job.adapter, job.file, layers, job.task, DTYPES[dtype], inputs
     )
     return job._replace(onto=found.onto, why=found.why, candidates=found)
+
+
+def _quantisable(job: _Job) -> list[str]:
+    """The layers that loading the base in few bits quantises."""
+    return quantisable(load_skeleton(job.base, job.task, job.file.tensors, job.revision, True))
 
 
 class _Planned(NamedTuple):

@@ -1,13 +1,18 @@
 """`lowrank merge` and `lowrank verify` as they are called."""
 
 import json
+import math
 
 import pytest
 import tiny
 import torch
 from folders import WORDS, InProcess, rewrite, tensors_of, write_adapter_for, write_base
 
+from lowrank import LoraConfig, get_peft_model
 from lowrank.cli import main
+from lowrank.model_folder import load_model
+from lowrank.quantisation import Quantisation
+from lowrank.quantising import quantise_model
 
 
 @pytest.fixture
@@ -112,3 +117,36 @@ def test_what_cannot_run_ends_with_2_and_a_sentence(folders, words, message, cap
     assert message in err
     assert "Traceback" not in err
     assert not folders[2].exists()
+
+
+def test_an_adapter_trained_in_four_bits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lowrank.verify._start_probe", InProcess)
+    base = write_base(tiny.llama(), tmp_path / "base", torch.bfloat16)
+    model = load_model(base, "CAUSAL_LM").model
+    quantise_model(model, Quantisation("nf4", block_size=64))
+    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    tiny.randomise(get_peft_model(model, config)).save_pretrained(tmp_path / "adapter")
+    words = "merge", base, tmp_path / "adapter", tmp_path / "out"
+    assert call(*words) == 0
+    shown = capsys.readouterr().out
+    assert "onto the dequantised weights" in " ".join(shown.split())
+    assert shown.count("dequantised + ΔW ← written") == 1
+    assert all(len(line) <= 80 for line in shown.splitlines() if str(tmp_path) not in line)
+
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "the old", "completion": "keeper wrote"}\n' * 4)
+    assert call(*words, "--overwrite", "--onto", "original", "--json", "--data", data) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["onto"] == "original"
+    both = result["candidates"]
+    assert both["quantisation"] == "nf4 in blocks of 64 (lowrank)"
+    assert both["gain"] == pytest.approx(
+        math.log(both["dequantised"]["perplexity_merged"] / both["original"]["perplexity_merged"])
+    )
+    assert "in training's form" in result["warnings"][-1]
+    assert call(*words, "--overwrite", "--no-verify", "--data", data) == 0
+    assert "original base" in capsys.readouterr().out
+    assert call(*words, "--overwrite", "--no-verify", "--data", data, "--onto", "original") == 2
+    assert "the choice that --onto makes" in capsys.readouterr().err
+    assert call(*words, "--overwrite", "--trained-on", "int8") == 2
+    assert "says that its base was quantised to nf4" in capsys.readouterr().err

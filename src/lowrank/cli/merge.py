@@ -27,6 +27,14 @@ from lowrank.cli.verify import (
     verify_and_show,
 )
 
+QUANTISED = {
+    "nf4": ("nf4", 64, False),
+    "nf4-double": ("nf4", 64, True),
+    "fp4": ("fp4", 64, False),
+    "fp4-double": ("fp4", 64, True),
+    "int8": ("int8", None, False),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folders(parser)
@@ -48,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("dequantised", "original"),
         help="the weights under an adapter trained on a quantised base (measured, see above)",
     )
+    parser.add_argument(
+        "--trained-on",
+        choices=sorted(QUANTISED),
+        help="how its base was quantised, for an adapter whose file does not say it (PEFT's)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-verify", action="store_true", help="only write")
     add_evidence(parser)
@@ -57,17 +70,23 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.cli.opening import OpeningError
     from lowrank.merge import merge_to_folder
     from lowrank.new_folder import check_out
+    from lowrank.quantisation import Quantisation
     from lowrank.report import text
 
     if args.no_verify and args.json:
         raise OpeningError("--json is for the verification, which --no-verify leaves out")
-    if args.no_verify and args.data and (args.onto or not _trained_quantised(args.adapter)):
+    base = base_path(args)
+    measured = args.no_verify and args.data and not args.onto
+    if args.no_verify and args.data and not (measured and _trained_quantised(args)):
         raise OpeningError(
             "--data is for the verification, which --no-verify leaves out (and for the choice that --onto makes)"
         )
-    base = base_path(args)
     check_out(Path(args.out), [base, args.adapter], args.overwrite)
     inputs = evidence(args, base)
+    trained_on = None
+    if args.trained_on:
+        format, block_size, double = QUANTISED[args.trained_on]
+        trained_on = Quantisation(format, "bitsandbytes", block_size, double)
     covariances = None
     if args.round_for:
         from lowrank.merge_inputs import input_covariances
@@ -84,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         covariances=covariances,
         onto=args.onto,
         inputs=inputs,
+        trained_on=trained_on,
     )
     text.show(text.merged(written, candidates=args.no_verify), sys.stderr if args.json else None)
     if args.no_verify:
@@ -93,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
     return verify_and_show(base, args.adapter, args.out, args, inputs, written.candidates)
 
 
-def _trained_quantised(adapter: str) -> bool:
+def _trained_quantised(args: argparse.Namespace) -> bool:
     from lowrank.adapter_file import read_adapter
     from lowrank.quantised_base import METADATA_KEY
 
-    return bool(read_adapter(adapter).metadata.get(METADATA_KEY))
+    return bool(args.trained_on or read_adapter(args.adapter).metadata.get(METADATA_KEY))
