@@ -2,13 +2,17 @@
 
 import dataclasses
 import io
+import re
 
 import pytest
 from report_data import METRICS, VERIFICATION
+from rich.console import Console
+from rich.text import Text
 
 from lowrank.merge import MergedFolder, Rounding
 from lowrank.report import text
 from lowrank.report.data import Fact, RunReport
+from lowrank.report.rows import row_view
 from lowrank.report.words import amount, number, percent
 
 
@@ -109,3 +113,19 @@ def test_numbers_and_amounts():
         "1.2 MB",
         "123 GB",
     ]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_row_is_coloured_and_marked(width):
+    """Every character once, the learnt ones green and between marks, at any width."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system="standard")
+    parts = [("asked " * 30, False), ("answered " * 12 + "</s>", True)]
+    console.print(row_view("row 1", parts))
+    said = out.getvalue()
+    assert all(len(Text.from_ansi(line)) <= width for line in said.splitlines())
+    green = "".join(re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", said))
+    assert green.split() == ["⟦answered", *["answered"] * 11, "</s>⟧"]
+    assert said.count("asked") == 30
+    console.print(row_view("row 2", [("x" * 500, True)], limit=100))
+    assert "401 characters" in " ".join(Text.from_ansi(out.getvalue()).plain.split())

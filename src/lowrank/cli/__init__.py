@@ -27,6 +27,7 @@ from lowrank.errors import LowrankError, did_you_mean
 COMMANDS = {
     "quickstart": "the whole job on the embedded model: no arguments, no network",
     "plan": "what would be adapted: targets, parameters, bytes; no weights read",
+    "preview": "rows as the model will read them, with what is learnt in colour",
     "train": "train an adapter from a YAML file, from flags, or from both",
     "evaluate": "loss, perplexity, exact match of a base, adapter or merged model",
     "generate": "answer a prompt, with or without an adapter",

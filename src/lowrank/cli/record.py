@@ -19,7 +19,9 @@ from lowrank.cli.settings import LORA_SHOWN, RunSettings
 from lowrank.cli.training import Data, Result
 from lowrank.report.data import Curve, Fact, Metric, ModuleRow, RunReport, Sample, Setting, to_json
 from lowrank.report.html import write_report
+from lowrank.report.rows import LEGEND, row_view
 from lowrank.report.words import amount
+from lowrank.train.encode import segments
 from lowrank.train.rows import ReadData
 from lowrank.train.shapes import SHAPES
 
@@ -58,7 +60,10 @@ def data_lines(data: Data) -> RenderableType:
         if rows is not None:
             table.add_row(name, rows.summary)
     table.add_row("shape", found_words(data.found))
-    return Group("", table, f" up to {data.train.max_length} tokens a row, prompts {template}", "")
+    limit = f" up to {data.train.max_length} tokens a row, prompts {template}"
+    parts = segments(data.train.examples[0], data.tokenizer)
+    example = row_view(data.train.rows[0].where, parts, limit=500)
+    return Group("", table, limit, "", example, LEGEND, "")
 
 
 def found_words(found: ReadData) -> str:

@@ -37,7 +37,7 @@ def verification(v: Verification) -> RenderableType:
     """The verdict, the evidence, and the reasons and warnings."""
     verdict = Text("PASSED", "bold green") if v.passed else Text("FAILED", "bold red")
     head = Text.assemble(verdict, "  ", (v.merged, "bold"), f" = {v.base} + {v.adapter}")
-    parts: list[RenderableType] = [head, "", _facts(_tensor_facts(v))]
+    parts: list[RenderableType] = [head, "", fact_table(_tensor_facts(v))]
     wrong = [check for check in v.worst if check.problem]
     if wrong:
         table = _table("wrong tensors", "of ΔW", "what is wrong")
@@ -47,7 +47,7 @@ def verification(v: Verification) -> RenderableType:
     if v.outputs is not None:
         parts += ["", _output_table(v.outputs)]
         if v.outputs.perplexity_merged is not None:
-            parts += ["", _facts([("perplexity", _perplexities(v.outputs))])]
+            parts += ["", fact_table([("perplexity", _perplexities(v.outputs))])]
     if v.candidates is not None:
         parts += ["", _candidate_table(v.candidates, v.onto)]
     parts += [_remark("✗", "red", reason) for reason in v.reasons]
@@ -72,8 +72,8 @@ def merged(m: MergedFolder, candidates: bool = True) -> RenderableType:
     if m.untied:
         facts.append(("embeddings", "untied: input and output are two tensors now"))
     if m.candidates is None or not candidates:
-        return _facts(facts)
-    return Group(_facts(facts), "", _candidate_table(m.candidates, m.onto))
+        return fact_table(facts)
+    return Group(fact_table(facts), "", _candidate_table(m.candidates, m.onto))
 
 
 def quantised(q: QuantisedFolder) -> RenderableType:
@@ -92,7 +92,7 @@ def quantised(q: QuantisedFolder) -> RenderableType:
         change = number(q.loss - q.loss_base, "+.4f")
         by = f"{change} ± {number(q.loss_error, '.4f')}, {q.tokens:,} tokens"
         facts.append(("loss", f"{q.loss_base:.4f} → {q.loss:.4f} nats a token ({by})"))
-    return _facts(facts)
+    return fact_table(facts)
 
 
 def summary(data: RunReport) -> RenderableType:
@@ -115,7 +115,7 @@ def summary(data: RunReport) -> RenderableType:
         facts.insert(0, ("trainable parameters", line))
     if data.verification is not None:
         facts.append(("merged and verified", "passed" if data.verification.passed else "FAILED"))
-    parts += ["", _facts(facts)] if facts else []
+    parts += ["", fact_table(facts)] if facts else []
     return Group(*parts)
 
 
@@ -196,7 +196,7 @@ def _candidate_table(c: Candidates, onto: str | None) -> RenderableType:
     table.add_row(trained, "", "", "", number(_loss(first.perplexity_adapter), ".4f"))
     table.add_row("quantised base", "", "", "", number(_loss(first.perplexity_base), ".4f"))
     table.add_row("original base", "", "", "", number(_loss(c.original_base), ".4f"))
-    return Group(_facts([("trained on", c.quantisation)]), table)
+    return Group(fact_table([("trained on", c.quantisation)]), table)
 
 
 def _loss(perplexity: float | None) -> float | None:
@@ -219,7 +219,7 @@ def _table(first: str, *columns: str) -> Table:
     return table
 
 
-def _facts(facts: list[tuple[str, str]]) -> Table:
+def fact_table(facts: list[tuple[str, str]]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=True, padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

@@ -89,7 +89,9 @@ def prompt_ids(texts: Sequence[str], tokenizer: Any, templated: bool) -> list[li
     """Token ids of prompts: a rendered template brings its own special tokens, plain text does not."""
     if not texts:
         return []
-    ids = tokenizer(list(texts), add_special_tokens=not templated, return_attention_mask=False)
+    ids = tokenizer(
+        list(texts), add_special_tokens=not templated, return_attention_mask=False, verbose=False
+    )
     if templated:
         return ids["input_ids"]
     eos = tokenizer.eos_token_id  # some tokenizers close every text with it, a prompt too

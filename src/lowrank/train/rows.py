@@ -18,6 +18,7 @@ from lowrank.train.records import (
 from lowrank.train.shapes import (
     Judged,
     Preference,
+    Prompt,
     Row,
     Shape,
     check_shape,
@@ -55,6 +56,24 @@ def supervised(data: ReadData) -> list[Row]:
             "data.shape."
         )
     return rows
+
+
+def as_rows(row: Row | Preference | Judged) -> list[tuple[str, Row]]:
+    """What there is to read in it, as rows to fine-tune on, each with the name of its answer."""
+    if isinstance(row, Row):
+        return [("", row)]
+    if isinstance(row, Judged):
+        return [(f", {'good' if row.label else 'bad'}", _answering(row, row.completion))]
+    return [
+        (", chosen", _answering(row, row.chosen)),
+        (", rejected", _answering(row, row.rejected)),
+    ]
+
+
+def _answering(row: Preference | Judged, answer: Prompt) -> Row:
+    if isinstance(answer, str):
+        return Row(row.prompt, answer, row.where, None, row.tools)
+    return Row(row.prompt, answer[-1]["content"], row.where, answer, row.tools)
 
 
 def read_data(

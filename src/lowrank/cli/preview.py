@@ -1,0 +1,86 @@
+"""Rows as the model will read them, with what is learnt in colour; no weight is read.
+
+WHAT is data (a file, a folder, a name on the hub, embedded:NAME) or a run's CONFIG.yaml. Printed: the
+shape that the columns tell, the share of tokens that the loss looks at, how many rows are cut or
+dropped, and some of the rows. Of the model only config and tokenizer are read.
+
+  lowrank preview embedded:intents --model embedded
+  lowrank preview run.yaml --loss_on assistant --rows 1 --skip 40
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lowrank.cli.arguments import whole
+from lowrank.cli.settings import add_flags, resolve
+
+OWN = ("what", "rows", "skip", "json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "lowrank preview WHAT --model MODEL [--rows N] [--SETTING X …]"
+    parser.add_argument("what", metavar="WHAT", help="data, or CONFIG.yaml")
+    parser.add_argument("--rows", type=whole(1), default=3, metavar="N", help="rows shown (3)")
+    parser.add_argument("--skip", type=whole(0), default=0, metavar="N", help="rows before (0)")
+    parser.add_argument("--json", action="store_true", help="the rows shown as JSON")
+    add_flags(parser, ("model", "data"))
+
+
+def run(args: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(args).items() if name not in OWN}
+    config = Path(args.what) if args.what.endswith((".yaml", ".yml")) else None
+    if config is None:
+        flags["data.train"] = [args.what]
+    settings = resolve(config, flags, ("model.path", "data.train"))
+
+    from lowrank.cli.opening import context_length, model_path, open_read, open_tokenizer
+    from lowrank.cli.record import found_words
+    from lowrank.model_folder import load_config
+    from lowrank.report.rows import LEGEND, row_view
+    from lowrank.report.text import fact_table, show
+    from lowrank.train.encode import encode, segments
+    from lowrank.train.rows import as_rows
+
+    data, path = settings.data, model_path(settings.model.path or "")
+    tokenizer = open_tokenizer(path, settings.model.revision)
+    length = context_length(load_config(path, settings.model.revision), data.max_length)
+    found = open_read(data.train or [], "train", **data.reading)
+    named = [pair for row in found.rows[: data.limit] for pair in as_rows(row)]
+    encoded = encode(
+        [row for _, row in named],
+        tokenizer,
+        max_length=length,
+        loss_on=data.loss_on,
+        chat_template=data.chat_template,
+    )
+    names = {id(row): name for name, row in named}
+    shown: list[dict[str, Any]] = []
+    chosen = slice(args.skip, args.skip + args.rows)
+    for row, example in zip(encoded.rows[chosen], encoded.examples[chosen], strict=True):
+        tokens = len(example["input_ids"])
+        learnt = sum(label >= 0 for label in example["labels"][1:])
+        title = f"{learnt} of {tokens} tokens learnt, {row.where}{names[id(row)]}"
+        shown.append({"row": title, "parts": segments(example, tokenizer)})
+    if args.json:
+        out = {"shapes": found.shapes, "skipped": found.skipped, "unread": found.unread}
+        print(json.dumps({**out, "rows": shown}, indent=2, ensure_ascii=False))
+        return 0
+    template = "the chat template" if tokenizer.chat_template and data.chat_template else "none"
+    show(
+        fact_table(
+            [
+                ("shape", found_words(found)),
+                ("rows", encoded.summary),
+                ("cut at", f"{length} tokens"),
+                ("template", template),
+                ("learnt", data.loss_on),
+            ]
+        )
+    )
+    show("")
+    for row_shown in shown:
+        show(row_view(row_shown["row"], row_shown["parts"]))
+    show(LEGEND)
+    return 0
