@@ -29,6 +29,12 @@ def test_it_says_in_words_what_it_is():
     assert str(Quantisation("int8")) == "int8 by row (lowrank)"
 
 
+def test_blocks_are_of_64_unless_said():
+    assert Quantisation("nf4") == Quantisation("nf4", block_size=64)
+    assert Quantisation("fp4", block_size=128).block_size == 128
+    assert Quantisation("int8").block_size is None
+
+
 def test_the_backend_does_not_decide_the_numbers():
     ours, theirs = Quantisation("nf4", "lowrank", 64), Quantisation("nf4", "bitsandbytes", 64)
     assert ours != theirs

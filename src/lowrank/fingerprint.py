@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lowrank.bases.kinds import quantisation_of
 from lowrank.errors import BaseMismatchError
-from lowrank.kernels.quantisation import IN_BLOCKS, block_size_of, rounded
+from lowrank.kernels.quantisation import block_size_of, rounded
 from lowrank.log import logger
-from lowrank.quantisation import Quantisation
+from lowrank.quantisation import IN_BLOCKS, Quantisation
 from lowrank.wrappers import lora_chains, target_path
 
 ENTRIES = 32

@@ -7,6 +7,7 @@ from typing import Any
 from lowrank.errors import ConfigError, did_you_mean
 
 FORMATS = ("nf4", "fp4", "int8", "int4", "int3", "int2", "int1", "nf2", "fp8")
+IN_BLOCKS = ("nf4", "nf2", "fp4")  # of 64 entries, unless another number is said
 BACKENDS = ("lowrank", "bitsandbytes", "torchao", "hqq", "gptq", "awq")
 
 
@@ -21,7 +22,9 @@ class Quantisation:
 
     format: str
     backend: str = "lowrank"
-    block_size: int | None = None  # entries that share a scale; None: one scale a row
+    block_size: int | None = (
+        None  # entries that share a scale, 64 for nf4 and fp4; None: a row's share one
+    )
     double: bool = False  # the scales themselves in 8 bits (QLoRA §3)
 
     def __post_init__(self) -> None:
@@ -34,6 +37,9 @@ class Quantisation:
                     f"A quantisation's {name} is one of {', '.join(known)}, not {value!r}."
                     f"{did_you_mean(str(value), known)}"
                 )
+
+        if self.block_size is None and self.format in IN_BLOCKS:
+            object.__setattr__(self, "block_size", 64)
 
     @property
     def bits(self) -> int:

@@ -41,7 +41,7 @@ class QuantisedLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        quantisation: Quantisation = Quantisation("nf4", block_size=64),  # noqa: B008 - it is frozen
+        quantisation: Quantisation = Quantisation("nf4"),  # noqa: B008 - it is frozen
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -153,9 +153,9 @@ class QuantisedLinear(nn.Module):
         if q.format == "int8":
             rows = torch.zeros((), dtype=torch.uint8)  # the layout by rows, the only one left
             return {"SCB": packed.absmax, "weight_format": rows}
-        values = {
+        values: dict[str, Any] = {
             "quant_type": q.format,
-            "blocksize": q.block_size or 64,
+            "blocksize": q.block_size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": self.shape,
         }
@@ -238,7 +238,7 @@ class QuantisedLinear(nn.Module):
             raise KeyError(f"weight.{absent[0]}")
         values = json.loads(bytes(own[stated[0]].tolist()))
         found = (values["quant_type"], values["blocksize"], "nested_absmax" in own)
-        if found != (q.format, q.block_size or 64, q.double):
+        if found != (q.format, q.block_size, q.double):
             raise QuantisationError(
                 f"the file has {found[0]} in blocks of {found[1]}{', doubly quantised' * found[2]}, the layer is {q}"
             )

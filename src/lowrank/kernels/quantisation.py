@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import QuantisationError
-from lowrank.quantisation import Quantisation
+from lowrank.quantisation import IN_BLOCKS, Quantisation
 
-IN_BLOCKS = (
-    "nf4",
-    "nf2",
-    "fp4",
-)  # formats written here whose scales are shared by blocks, not rows
 NESTED_BLOCK_SIZE = 256  # scales that share a scale: QLoRA §3
 _TAIL = 0.9677083  # the quantile at which a normal float's largest value stands: QLoRA's code
 _CHUNK = 2**15  # bytes that are dequantised at a time: what lies between stays in a core's cache
@@ -179,9 +174,9 @@ def _refuse_infinite(absmax: Tensor) -> None:
 
 def block_size_of(quantisation: Quantisation) -> int:
     """The entries of a block. Raises QuantisationError for a format that is not written in blocks here."""
-    if quantisation.format not in IN_BLOCKS:
+    size = quantisation.block_size
+    if quantisation.format not in IN_BLOCKS or size is None:
         raise QuantisationError(f"lowrank reads {quantisation.format} and does not write it.")
-    size = quantisation.block_size or 64
     if size < 2 or size % 2:
         raise QuantisationError(f"block_size={size} must be even: two entries share a byte.")
     return size
