@@ -21,6 +21,7 @@ from lowrank.kernels.quantisation import (
     Packed,
     block_size_of,
     dequantise,
+    magnitudes,
     quantise,
     quantise_scales,
     scales,
@@ -33,7 +34,7 @@ Numbers = Callable[
 ]  # (begin, end) of the flattened matrix → (end - begin,), float32
 
 _STATE = ".quant_state.bitsandbytes__"  # what ends a weight's name, before its format
-_CHUNK = 1 << 22  # entries, in a pass over the scales
+_CHUNK = 1 << 18  # entries, in a pass over the scales
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def rounded_entry(
         )
 
     def open_() -> Numbers:
-        held = _doubly(pack, size, total) if quantisation.double else None
+        held = _doubly(read, plain, size, total) if quantisation.double else None
 
         def numbers(begin: int, end: int) -> Tensor:
             first, last = _aligned(begin, end, size, total)
@@ -125,11 +126,14 @@ def rounded_entry(
     )
 
 
-def _doubly(pack: Callable[[int, int], Packed], size: int, total: int) -> Tensor:
+def _doubly(
+    read: Callable[[int, int], Tensor], plain: Quantisation, size: int, total: int
+) -> Tensor:
     """The scales of all blocks after they were themselves rounded."""
     step = max(1, _CHUNK // size) * size
-    parts = [pack(begin, min(total, begin + step)) for begin in range(0, total, step)]
-    return scales(quantise_scales(parts[0].codes, torch.cat([part.absmax for part in parts])))
+    starts = range(0, total, step)
+    absmax = torch.cat([magnitudes(read(i, min(total, i + step)), plain) for i in starts])
+    return scales(quantise_scales(torch.empty(0), absmax))
 
 
 def _aligned(begin: int, end: int, size: int, total: int) -> tuple[int, int]:
