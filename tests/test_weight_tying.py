@@ -5,12 +5,16 @@ import dataclasses
 
 import pytest
 import torch
+from folders import InProcess, write_adapter_for, write_base
 from safetensors.torch import save_file
 from tiny import IDS, bert, bits, llama, logits, randomise, same_bits, t5
 from torch import nn
 
 import lowrank
 from lowrank.errors import AdapterMismatchError, TargetError
+from lowrank.merge import merge_to_folder
+from lowrank.model_folder import load_model
+from lowrank.verify import verify
 
 NAMES = [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
 
@@ -265,3 +269,19 @@ def test_files_go_both_ways(names, how, tmp_path):
         for tensors in (first, second)
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_merged_folders_keep_the_tie(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank.verify._start_probe", InProcess)
+    base = write_base(llama(tied=True), tmp_path / "base", torch.bfloat16, tokenizer=False)
+    fields = {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True}
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", **fields)
+    merge_to_folder(base, adapter, tmp_path / "merged")
+    assert verify(base, adapter, tmp_path / "merged").passed
+    merged = load_model(tmp_path / "merged", "CAUSAL_LM").model
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    tensors = lowrank.read_adapter(adapter).tensors
+    A, B = (tensors[f"base_model.model.model.embed_tokens.lora_embedding_{x}"] for x in "AB")
+    W = load_model(base, "CAUSAL_LM").model.lm_head.weight
+    exact = W.double() + 5 / 3 * (B.double() @ A.double()).T
+    assert torch.equal(merged.lm_head.weight, exact.to(torch.bfloat16))
