@@ -14,7 +14,7 @@ quickstart: .venv/.installed-all
 	$(BIN)/lowrank quickstart --overwrite
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -m slow -q

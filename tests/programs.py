@@ -1,7 +1,8 @@
-"""Programs, each in a process of its own that begins with torch and transformers imported: that takes most of a short one's time.
+"""Programs, each in a process of its own that begins with large libraries imported: that takes most of a short one's time.
 
-A server imports them once and forks for every program. There a verification loads the merged model in the
-program's own process. What depends on the order of imports has to be run by `subprocess` instead.
+A server imports them once and forks for every program. Begun with transformers, a verification loads the merged
+model in the program's own process. Where the order of imports matters, of transformers, PEFT and lowrank, programs
+begin with OTHERS: what transformers imports itself.
 """
 
 import atexit
@@ -15,7 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-PRELOADED = "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM"
+TRANSFORMERS = """
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+import lowrank.verify
+from folders import InProcess
+lowrank.verify._start_probe = InProcess
+"""
+OTHERS = (
+    "import torch._dynamo, torch.distributed.tensor, scipy.optimize, scipy.stats, pandas, datasets"
+)
 
 
 class Done(NamedTuple):
@@ -24,11 +33,11 @@ class Done(NamedTuple):
     stderr: str
 
 
-def run(words: list[str], folder: Path, timeout: int = 300) -> Done:
+def run(words: list[str], folder: Path, timeout: int = 300, begin: str = TRANSFORMERS) -> Done:
     """What `lowrank …`, `python -c CODE` or `python FILE` says when it is run in `folder`, with one thread."""
     out, err = folder / ".stdout", folder / ".stderr"
     job = {"words": [str(word) for word in words], "folder": str(folder), "timeout": timeout}
-    server = _server()
+    server = _server(begin)
     print(json.dumps({**job, "out": str(out), "err": str(err)}), file=server.stdin, flush=True)
     code = int(server.stdout.readline())
     done = Done(code, *(path.read_text(encoding="utf-8", errors="replace") for path in (out, err)))
@@ -38,11 +47,11 @@ def run(words: list[str], folder: Path, timeout: int = 300) -> Done:
 
 
 @cache
-def _server() -> subprocess.Popen:
+def _server(begin: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     path = [str(p) for p in (Path(sys.executable).parent, os.environ["PATH"])]
     process = subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, __file__, begin],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -55,12 +64,7 @@ def _server() -> subprocess.Popen:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the imports print
-    exec(PRELOADED, {})
-    from folders import InProcess
-
-    import lowrank.verify
-
-    lowrank.verify._start_probe = InProcess
+    exec(sys.argv[1], {})
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()

@@ -1,25 +1,32 @@
-"""Each case in a fresh process: what was imported before decides, and nothing may stay behind."""
+"""Each case in a process of its own: what was imported before decides, and nothing may stay behind."""
 
 import ast
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
+import programs
 import pytest
 
 from lowrank import LoraConfig, compat
 from lowrank.compat import absent
 
 
-def run(program, *flags, env=None):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *flags, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        env=env,
-    )
+def run(program):
+    """Its output; warnings are errors. None of lowrank, transformers and PEFT has been imported before it."""
+    code = "import warnings; warnings.simplefilter('error')\n" + textwrap.dedent(program)
+    with tempfile.TemporaryDirectory() as folder:
+        done = programs.run(["python", "-c", code], Path(folder), begin=programs.OTHERS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run_fresh(program, **environment):
+    """As `run`, with nothing imported."""
+    done = python("-W", "error", "-c", program, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -229,7 +236,7 @@ def test_a_wrong_call_says_how():
 
 def test_importing_lowrank_is_enough_where_no_peft_is_installed(tmp_path):
     (tmp_path / "peft").mkdir()  # a folder without code, as an output folder might be called
-    run(
+    run_fresh(
         HIDE_PEFT
         + f"""
 import sys
@@ -244,13 +251,13 @@ assert peft.PeftModel is lowrank.PeftModel
 
 
 def test_the_environment_variable_opts_out():
-    run(
+    run_fresh(
         HIDE_PEFT
         + """
 import lowrank, importlib.util
 assert importlib.util.find_spec("peft") is None
 """,
-        env={**os.environ, compat.OPT_OUT: "1"},
+        **{compat.OPT_OUT: "1"},
     )
 
 
