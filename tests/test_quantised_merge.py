@@ -12,6 +12,7 @@ from tiny import randomise
 from lowrank import LoraConfig, PeftModel, get_peft_model
 from lowrank.adapter_file import read_adapter
 from lowrank.bases.quantised_linear import QuantisedLinear
+from lowrank.combine import combine, resize
 from lowrank.errors import BaseMismatchError, LowrankError, MergeError
 from lowrank.kernels.quantisation import rounded
 from lowrank.merge import merge_to_folder
@@ -324,6 +325,20 @@ def test_loftq_in_several_turns_is_not_made_again(base, tmp_path):
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(LowrankError, match="started with LoftQ stands on a quantised base"):
         merge_to_folder(base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_what_is_combined_or_resized_names_it_too(base, tmp_path, caplog):
+    for name, form in (("one", "nf4"), ("two", "nf4"), ("other", "int8")):
+        trained(base, tmp_path / name, form)
+    one, two, other = (read_adapter(tmp_path / name) for name in ("one", "two", "other"))
+    named = one.metadata["quantisation"]
+    assert combine([one, two], [0.5, 0.7], "cat").metadata["quantisation"] == named
+    assert resize(one, rank=2).metadata["quantisation"] == named
+    assert "in several forms" not in caplog.text
+    assert "quantisation" not in combine([one, other], [0.5, 0.7], "cat").metadata
+    assert "in several forms (adapter 1: nf4 in blocks of 64" in caplog.text
+    plain = one._replace(metadata={k: v for k, v in other.metadata.items() if k == "base"})
+    assert combine([plain, two], [0.5, 0.7], "cat").metadata["quantisation"] == named
 
 
 @pytest.mark.interop

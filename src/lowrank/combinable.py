@@ -15,6 +15,7 @@ from lowrank.config import LoraConfig
 from lowrank.errors import BaseMismatchError, CombineError, did_you_mean, listed
 from lowrank.fingerprint import differences
 from lowrank.log import logger
+from lowrank.quantised_base import METADATA_KEY, from_json, in_words
 from lowrank.start_factors import start_problems
 from lowrank.task_arithmetic import METHODS
 
@@ -106,6 +107,30 @@ def check_configs(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
         if len(adapters) == 1:
             what = "No other adapter can be made of this one"
         raise CombineError(f"{what}. {listed(list(dict.fromkeys(problems)))}")
+
+
+def common_quantisation(
+    adapters: Sequence[Adapter], names: Sequence[str]
+) -> list[dict[str, Any]] | None:
+    """How the base was quantised under all of them, as their files name it; None where it was not.
+
+    Where they differ, the log says so, and the result names what those have that have any, or nothing if these differ too.
+    """
+    named = [a.metadata.get(METADATA_KEY) for a in adapters]
+    forms = [{path: q.rounding for path, q in from_json(rows).items()} for rows in named]
+    known = [form for form in forms if form]
+    if any(form != forms[0] for form in forms):
+        each = [
+            f"{n}: {in_words(from_json(r)) if r else '16 bits'}"
+            for n, r in zip(names, named, strict=True)
+        ]
+        logger.warning(
+            "They were trained on one base in several forms (%s). Their changes add up all the same; lowrank merge "
+            "measures what they are best merged onto.",
+            ", ".join(each),
+        )
+    agreed = all(form == known[0] for form in known)
+    return next((rows for rows in named if rows), None) if agreed else None
 
 
 def common_base(

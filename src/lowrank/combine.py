@@ -21,12 +21,14 @@ from lowrank.combinable import (
     check_configs,
     check_layers,
     common_base,
+    common_quantisation,
     layers_of,
     saved_tensors,
     tied_heads,
 )
 from lowrank.config import LoraConfig
 from lowrank.errors import CombineError, ShapeError, listed
+from lowrank.quantised_base import METADATA_KEY
 from lowrank.task_arithmetic import METHODS, Combined, Options, Weighted
 
 
@@ -126,7 +128,9 @@ def combine(
         "versions": {"lowrank": __version__, "torch": torch.__version__},
         "combined": {**{k: v for k, v in how.items() if v is not None}, "layers": report},
     }
-    return Adapter(config, tensors | saved, metadata | ({"base": base} if base else {}))
+    quantisation = common_quantisation(adapters, names)
+    known = {"base": base, METADATA_KEY: quantisation}
+    return Adapter(config, tensors | saved, metadata | {k: v for k, v in known.items() if v})
 
 
 def resize(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> Adapter:

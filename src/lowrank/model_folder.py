@@ -311,7 +311,7 @@ def stored_tensors(folder: str | Path, revision: str | None = None) -> Stored | 
 
 def _quantised_error(folder: str | Path, by: str | None) -> ModelFolderError:
     what = {
-        "bitsandbytes": "Name the unquantised base instead.",
+        "bitsandbytes": "Name the folder in 16 bits instead.",
         "gptq": "Name the unquantised base, or merge in Python: load it through transformers, then "
         "PeftModel.from_pretrained(…).merge_and_unload().",
     }

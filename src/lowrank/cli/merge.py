@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     if args.no_verify and args.json:
         raise OpeningError("--json is for the verification, which --no-verify leaves out")
     base = base_path(args)
-    measured = args.no_verify and args.data and not args.onto
-    if args.no_verify and args.data and not (measured and _trained_quantised(args)):
+    measures = not args.onto and (args.trained_on or _trained_quantised(args.adapter))
+    if args.no_verify and args.data and not measures:
         raise OpeningError(
             "--data is for the verification, which --no-verify leaves out (and for the choice that --onto makes)"
         )
@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
     return verify_and_show(base, args.adapter, args.out, args, inputs, written.candidates)
 
 
-def _trained_quantised(args: argparse.Namespace) -> bool:
+def _trained_quantised(adapter: str) -> bool:
     from lowrank.adapter_file import read_adapter
     from lowrank.quantised_base import METADATA_KEY
 
-    return bool(args.trained_on or read_adapter(args.adapter).metadata.get(METADATA_KEY))
+    return bool(read_adapter(adapter).metadata.get(METADATA_KEY))
