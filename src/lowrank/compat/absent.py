@@ -23,9 +23,7 @@ _OTHERS = (
     # variants of LoRA that LoraConfig refuses by name
     "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig create_arrow_model "
     # between methods
-    "PeftMixedModel convert_to_lora save_as_lora find_kappa_target_modules LoHaLayer LoKrLayer factorization "
-    # not there yet
-    "EvaConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_loraga"
+    "PeftMixedModel convert_to_lora save_as_lora find_kappa_target_modules LoHaLayer LoKrLayer factorization"
 )
 
 
