@@ -1,6 +1,7 @@
 import pytest
 import text
 
+from lowrank.errors import LowrankWarning
 from lowrank.train.encode import IGNORE, encode, pad_right, prompt_ids, segments
 from lowrank.train.render import prompt_text
 from lowrank.train.rows import DataError, Row
@@ -264,3 +265,11 @@ def test_segments_are_the_whole_text(tokenizer):
         ("é?", False),
         (" naïve — 漢字<|end|>", True),
     ]
+
+
+def test_a_tokenizer_without_an_end_is_warned_of():
+    endless = text.byte_tokenizer(template=None)
+    endless.eos_token = None
+    with pytest.warns(LowrankWarning, match="no end token"):
+        encoded = encode([PAIR], endless, max_length=100)
+    assert segments(encoded.examples[0], endless) == [("two?", False), ("yes", True)]

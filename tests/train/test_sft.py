@@ -164,6 +164,43 @@ def test_gradient_checkpointing_trains_the_same(trained, tokenizer, data, tmp_pa
     assert result.train_loss == pytest.approx(trained[1].train_loss, rel=1e-4)
 
 
+def test_packing_sees_every_token_once_and_learns(trained, tokenizer, data, tmp_path):
+    model = adapted()
+    steps = {"packing": True, "batch_size": 2, "logging_steps": 100}
+    seen = []
+
+    def count(module, args, kwargs):
+        if module.training:
+            seen.append(kwargs["position_ids"])
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    result = fit(model, tokenizer, data, tmp_path, TrainSettings(**{**vars(FAST), **steps}))
+    handle.remove()
+    starts = sum(int((p == 0).sum()) for p in seen[: len(seen) // 2])
+    assert len(ROWS) <= starts <= len(ROWS) + len(seen) // 2  # and padding, a row of its own
+    assert result.steps == 2 * 6  # 22 rows, two in each of 64 tokens, two of those in a batch
+    loss, _ = mean_loss(model, data[1].examples, 0, batch_size=3)
+    assert result.history[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    evals = [line["eval_loss"] for line in result.history if "eval_loss" in line]
+    assert evals[-1] < evals[0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_longest_batch_comes_first(tokenizer, data, tmp_path, packing):
+    """What does not fit into memory shows at once."""
+    model, widths = adapted(), []
+
+    def see(module, args, kwargs):
+        if module.training:
+            widths.append(kwargs["input_ids"].shape[1])
+
+    handle = model.register_forward_pre_hook(see, with_kwargs=True)
+    settings = TrainSettings(**{**vars(FAST), "epochs": 1, "packing": packing, "batch_size": 2})
+    fit(model, tokenizer, (data[0], None), tmp_path, settings)
+    handle.remove()
+    assert widths[0] == max(widths) >= data[0].longest * (1 + packing)
+
+
 def test_every_weight_can_be_trained_too(tokenizer, data, tmp_path):
     model = tiny.llama(vocab=text.VOCABULARY, dtype=torch.float32)
     result = fit(model, tokenizer, data, tmp_path, TrainSettings(max_steps=3, batch_size=4))

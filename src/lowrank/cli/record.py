@@ -22,6 +22,7 @@ from lowrank.report.html import write_report
 from lowrank.report.rows import LEGEND, row_view
 from lowrank.report.words import amount
 from lowrank.train.encode import segments
+from lowrank.train.packing import pack
 from lowrank.train.rows import ReadData
 from lowrank.train.shapes import SHAPES
 
@@ -51,7 +52,7 @@ def settings_table(settings: RunSettings, folder: Path) -> RenderableType:
     return Group(given, rest)
 
 
-def data_lines(data: Data) -> RenderableType:
+def data_lines(data: Data, packing: bool = False) -> RenderableType:
     template = "through the chat template" if data.tokenizer.chat_template else "as plain text"
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)
@@ -59,6 +60,10 @@ def data_lines(data: Data) -> RenderableType:
     for name, rows in (("train", data.train), ("eval", data.eval), ("skill", data.skill)):
         if rows is not None:
             table.add_row(name, rows.summary)
+    if packing:
+        count = len(pack(data.train.examples, data.train.max_length))
+        full = data.train.tokens / (count * data.train.max_length)
+        table.add_row("packed", f"into {count} rows, {full:.0%} full")
     table.add_row("shape", found_words(data.found))
     limit = f" up to {data.train.max_length} tokens a row, prompts {template}"
     parts = segments(data.train.examples[0], data.tokenizer)

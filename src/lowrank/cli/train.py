@@ -1,8 +1,8 @@
-"""Train an adapter (or, with --method full, every weight) on JSONL rows.
+"""Train an adapter (or, with --method full, every weight) on rows of data.
 
 Settings come from defaults, then CONFIG.yaml with the sections model, lora, data, train, eval and
-output, then flags. A row holds `messages`, or `prompt` and `completion`, or `text`. The folder
-gets the adapter, checkpoints, log.jsonl, run.json and reports/report.html.
+output, then flags. `lowrank preview` shows what of the rows would be learnt. The folder gets the
+adapter, checkpoints, log.jsonl, run.json and reports/report.html.
 
   lowrank train run.yaml --lr 1e-4
   lowrank train --model embedded --data embedded:intents --eval embedded:intents
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     show(record.settings_table(settings, folder))
     data = training.open_data(settings)
-    show(record.data_lines(data))
+    show(record.data_lines(data, settings.train.packing))
     with compat.standing_in():
         result = training.train(settings, data, folder, checkpoint)
     report = record.write(settings, folder, data, result, time.perf_counter() - started)

@@ -1,5 +1,6 @@
 """Rows as token ids and labels: the loss mask by position, truncation, batches."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.errors import LowrankWarning
 from lowrank.train.records import BadRow, DataError, Problems
 from lowrank.train.render import LossOn, Rendered, rendered
 from lowrank.train.shapes import Row
@@ -50,17 +52,24 @@ def encode(
     of the end-of-sequence token that closes the last, whatever ids they have. Raises DataError where
     the chat template cannot take a row, and if no row keeps a part of its answer.
     """
-    problems, texts, rows_ = Problems(), [], []
+    if tokenizer.eos_token_id is None:
+        warnings.warn(
+            "this tokenizer has no end token: where an answer ends is not learnt, unless the chat "
+            "template closes it. Set the tokenizer's eos_token.",
+            LowrankWarning,
+            stacklevel=2,
+        )
+    problems, texts, good = Problems(), [], []
     for row in rows:
         try:
             texts.append(rendered(row, tokenizer, loss_on, chat_template))
-            rows_.append(row)
+            good.append(row)
         except BadRow as bad:
             problems.add(row.where, str(bad))
     if problems.found:
-        raise DataError(problems.report(len(rows_)))
+        raise DataError(problems.report(len(good)))
     examples, kept, truncated = [], [], 0
-    for row, (ids, learnt) in zip(rows_, _tokens(texts, tokenizer), strict=True):
+    for row, (ids, learnt) in zip(good, _tokens(texts, tokenizer), strict=True):
         labels = [token if yes else IGNORE for token, yes in zip(ids, learnt, strict=True)]
         # the first token is never predicted: without a token after it nothing is learnt
         if all(label == IGNORE for label in labels[1:max_length]):
@@ -114,6 +123,7 @@ def pad_right(pad_id: int) -> Callable[[list[dict[str, list[int]]]], dict[str, T
             ids[i, :n] = torch.tensor(e["input_ids"])
             labels[i, :n] = torch.tensor(e["labels"])
             mask[i, :n] = 1
+        labels[:, 0] = IGNORE  # nothing predicts it, and some Trainers would count it
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     return collate

@@ -90,7 +90,12 @@ class TrainSettings:
     gradient_accumulation_steps: Annotated[int, "batches summed into one optimiser step", COUNT] = 1
     weight_decay: Annotated[float, "of the optimiser", NOT_NEGATIVE] = 0.0
     max_grad_norm: Annotated[float, "gradients are clipped to this norm", POSITIVE] = 1.0
-    group_by_length: Annotated[bool, "batch rows of like length: less padding"] = True
+    group_by_length: Annotated[
+        bool, "batch rows of like length: less padding; the longest come first"
+    ] = True
+    packing: Annotated[
+        bool, "rows end to end up to data.max_length, apart; batch_size counts the packed ones"
+    ] = False
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, slower"] = False
     seed: Annotated[int, "of the adapter's start, the order of rows and dropout", NOT_NEGATIVE] = 42
     logging_steps: Annotated[int, "steps between two lines of the log", COUNT] = 10

@@ -16,8 +16,9 @@ from torch import nn
 
 from lowrank.bases.kinds import count_parameters
 from lowrank.errors import LowrankError, NotTrainableError
-from lowrank.train.encode import Encoded, pad_id, pad_right
+from lowrank.train.encode import Encoded, pad_id
 from lowrank.train.optimizers import transformers_name
+from lowrank.train.packing import check_packing, collate, pack, wants_flat
 from lowrank.train.settings import EvalSettings, TrainSettings
 
 
@@ -62,7 +63,7 @@ def train_sft(
     """Train what is trainable in `model`, in place.
 
     Writes `checkpoint-N/` and `log.jsonl` into `output_dir`; saving the result is the caller's.
-    Raises NotTrainableError and NotRecognisedError before the first step; DivergedError at a step
+    Raises NotTrainableError, NotRecognisedError and PackingError before the first step; DivergedError at a step
     whose loss is not finite, with the weights as they were before that step.
     """
     trainable = count_trainable(model)
@@ -71,6 +72,10 @@ def train_sft(
 
     from lowrank.train.callbacks import LogFile, Loss, Watch
 
+    examples = train.examples
+    if settings.packing:
+        check_packing(model)
+        examples = pack(examples, train.max_length)
     output_dir = Path(output_dir)
     loss = Loss(evaluation)
     watch = Watch(loss)
@@ -84,9 +89,9 @@ def train_sft(
             evaluation is not None,
             use_cpu=next(model.parameters()).device.type == "cpu",
         ),
-        train_dataset=train.examples,
+        train_dataset=examples,
         eval_dataset=evaluation.examples if evaluation else None,
-        data_collator=pad_right(pad_id(tokenizer)),
+        data_collator=collate(pad_id(tokenizer), wants_flat(model)),
         compute_loss_func=loss,
         callbacks=[watch, log, *callbacks],
     )
@@ -96,7 +101,7 @@ def train_sft(
     start_bytes = start_of_peak()
     result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     rows_seen = watch.steps * settings.batch_size * settings.gradient_accumulation_steps
-    tokens_seen = rows_seen * train.tokens / len(train.examples)
+    tokens_seen = rows_seen * train.tokens / len(examples)
     peak_bytes, peak_of = peak_memory()
     return Training(
         steps=trainer.state.global_step,
