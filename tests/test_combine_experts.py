@@ -8,6 +8,7 @@ import tiny
 import torch
 from tiny import logits, randomise
 
+import lowrank
 from lowrank import Adapter, LoraConfig, PeftModel, get_peft_model, read_adapter, write_adapter
 from lowrank.combine import combine, errors, resize, total_error
 from lowrank.errors import CombineError
@@ -238,3 +239,26 @@ def test_what_the_files_do_not_say(tmp_path):
     wrong = LoraConfig(**{**plain.to_dict(), "r": 4})
     with pytest.raises(CombineError, match="does not go with their ranks and shapes"):
         resize(adapter._replace(config=wrong), rank=1)
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")  # PEFT's
+def test_files_that_peft_wrote_and_reads(tmp_path):
+    """Without a fingerprint, nothing says which of the two parameters is which; they are combined all the same."""
+    peft = pytest.importorskip("peft")
+    base, fields = tiny.mixtral(), {"target_modules": ["q_proj"], "target_parameters": BOTH[::-1]}
+    for r in (2, 3):
+        made = peft.get_peft_model(tiny.mixtral(), peft.LoraConfig(r=r, lora_alpha=5, **fields))
+        randomise(made, r).save_pretrained(tmp_path / str(r))
+    adapters = [read_adapter(tmp_path / "2"), read_adapter(tmp_path / "3")]
+    result = combine(adapters, WEIGHTS, "svd", svd_rank=4, check_base=False)
+    for path, each in weighted(adapters, base).items():
+        for found, M in zip(deltas(result, base)[path], each, strict=True):
+            U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+            torch.testing.assert_close(found, U[:, :4] * S[:4] @ Vh[:4], rtol=0, atol=1e-10)
+    write_adapter(tmp_path / "both", resize(result, energy=0.9))
+    ours, theirs = (
+        logits(library.PeftModel.from_pretrained(tiny.mixtral(), tmp_path / "both"))
+        for library in (lowrank, peft)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
