@@ -64,6 +64,7 @@ def output_in_one(layer: Any, names: list[str], args: tuple, kwargs: dict) -> Te
         and not torch.is_autocast_enabled("cpu")
         and base.compute_dtype in (None, x.dtype)
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+        and "forward" not in vars(base)  # as accelerate hooks what it offloads
         and not (layer.use_dora[name] or layer.lora_bias[name])
         and not isinstance(layer.scaling[name], Tensor)
         and name not in layer.routing.invocations
