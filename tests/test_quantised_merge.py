@@ -5,12 +5,13 @@ import json
 import pytest
 import tiny
 import torch
+import transformers
 from folders import InProcess, edit_config, tensors_of, write_base
 from safetensors.torch import save_file
 from tiny import randomise
 
 from lowrank import LoraConfig, PeftModel, get_peft_model
-from lowrank.adapter_file import read_adapter
+from lowrank.adapter_file import read_adapter, write_adapter
 from lowrank.bases.quantised_linear import QuantisedLinear
 from lowrank.combine import combine, resize
 from lowrank.errors import BaseMismatchError, LowrankError, MergeError
@@ -325,6 +326,71 @@ def test_loftq_in_several_turns_is_not_made_again(base, tmp_path):
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(LowrankError, match="started with LoftQ stands on a quantised base"):
         merge_to_folder(base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_rounding_that_is_not_ours_is_not_guessed(folders):
+    """torchao's, HQQ's, GPTQ's: only the original weights are there to be merged onto, which both commands say."""
+    base, adapter, out, _ = folders
+    file = read_adapter(adapter)
+    for row in file.metadata["quantisation"]:
+        row |= {"format": "int8", "backend": "torchao", "block_size": None, "double": False}
+    del file.metadata["base"]
+    write_adapter(adapter, file)
+    with pytest.raises(MergeError, match=r"int8 by row \(torchao\) cannot be made"):
+        merge_to_folder(base, adapter, out, onto="dequantised")
+    result = merge_to_folder(base, adapter, out)
+    assert (result.onto, result.candidates) == ("original", None)
+    assert "cannot be made from the original ones here" in result.why
+    found = verify(base, adapter, out)
+    assert found.passed, found.reasons
+    assert "is not measured" in found.warnings[-1]
+
+
+@pytest.mark.parametrize("form", ["nf4 doubly", "int8"])
+def test_trained_on_bitsandbytes_layers(tmp_path, form):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    config = transformers.LlamaConfig(
+        **{**tiny.DECODER, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    )
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    write_base(transformers.LlamaForCausalLM(config), base, torch.bfloat16, tokenizer=False)
+    words = {"load_in_8bit": True}
+    if form != "int8":
+        words = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        }
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.BitsAndBytesConfig(**words),
+    )
+    held = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            Q = layer.weight.CB.double() * layer.weight.SCB.double()[:, None] / 127
+        elif isinstance(layer, bitsandbytes.nn.Linear4bit):
+            state = layer.weight.quant_state
+            state.dtype = (
+                torch.float32
+            )  # in which it computes, and not W's, to which it would round
+            Q = bitsandbytes.functional.dequantize_4bit(layer.weight, state).double()
+            state.dtype = torch.bfloat16
+        else:
+            continue
+        held[f"{path}.weight"] = Q
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, task_type="CAUSAL_LM")
+    randomise(get_peft_model(model, lora)).save_pretrained(tmp_path / "adapter")
+    merge_to_folder(
+        base, tmp_path / "adapter", tmp_path / "out", dtype="float32", onto="dequantised"
+    )
+    M = tensors_of(tmp_path / "out")
+    assert len(held) == 7
+    for name, Q in held.items():
+        exact = Q + delta(tmp_path / "adapter", name)
+        torch.testing.assert_close(M[name].double(), exact, atol=1e-7, rtol=1e-6)
 
 
 def test_what_is_combined_or_resized_names_it_too(base, tmp_path, caplog):

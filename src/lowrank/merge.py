@@ -41,6 +41,7 @@ from lowrank.quantised_base import (
     in_words,
     is_loftq,
     on_quantised,
+    remade,
     round_weights,
     to_json,
     trained_on,
@@ -49,7 +50,7 @@ from lowrank.quantising import quantisable
 from lowrank.unload import say_untied
 from lowrank.verify.candidates import compare_candidates
 from lowrank.verify.inputs import Example
-from lowrank.verify.result import DEQUANTISED, ONTO, Candidates
+from lowrank.verify.result import DEQUANTISED, ONTO, ORIGINAL, Candidates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -228,6 +229,14 @@ def _with_onto(
             )
         why = "LoftQ's adapter makes up for the quantisation"
         return job._replace(file=on_quantised(job.file), onto=DEQUANTISED, why=why, loftq=True)
+    if not remade(layers):
+        cannot = f"the weights quantised to {in_words(layers)} cannot be made from the original ones here"
+        if onto == DEQUANTISED:
+            raise MergeError(
+                f"onto={onto!r}: {cannot}. Load that base in Python and merge_and_unload() there, or merge onto the "
+                "original weights."
+            )
+        return job._replace(onto=ORIGINAL, why=f"{cannot}, to measure both")
     if onto is not None:
         return job._replace(onto=onto, why="as asked for")
     try:  # whatever does not fit is said before models are loaded

@@ -13,7 +13,7 @@ from lowrank.bases.kinds import quantisation_of
 from lowrank.init.weight import LOFTQ
 from lowrank.init_config import LoftQConfig
 from lowrank.kernels.quantisation import rounded
-from lowrank.quantisation import Quantisation
+from lowrank.quantisation import IN_BLOCKS, Quantisation
 from lowrank.wrappers import LoraLayer
 
 METADATA_KEY = "quantisation"  # in our metadata of an adapter's file, beside the base's fingerprint
@@ -58,6 +58,14 @@ def trained_on(adapter: Adapter) -> dict[str, Quantisation]:
         bits = LoftQConfig(**adapter.config.loftq_config).loftq_bits
         return dict.fromkeys(read_layers(plain).layers, LOFTQ[bits])
     return layers
+
+
+def remade(layers: Mapping[str, Quantisation]) -> bool:
+    """Whether the quantised weights follow from the original ones here, bit for bit: bitsandbytes' rounding and ours."""
+    return all(
+        q.backend in ("lowrank", "bitsandbytes") and q.format in (*IN_BLOCKS, "int8")
+        for q in layers.values()
+    )
 
 
 def is_loftq(adapter: Adapter) -> bool:

@@ -46,8 +46,10 @@ from lowrank.quantisation import Quantisation
 from lowrank.quantised_base import (
     METADATA_KEY,
     from_json,
+    in_words,
     is_loftq,
     on_quantised,
+    remade,
     round_weights,
     rounded_weight,
     trained_on,
@@ -147,6 +149,11 @@ def verify(
         said = judge_outputs(outputs, dtype, tolerance, tally.rounding, tensors_right=not reasons)
     reasons += ties[0] + said[0]
     remarks = [] if candidates is None or onto is None else judge_onto(onto, candidates)
+    if onto == ORIGINAL and not layers:
+        remarks.append(
+            f"The adapter was trained on a base quantised to {in_words(trained_on(file))}, which cannot be made again "
+            "here: this is about the original weights + ΔW alone, and how far they are from training is not measured."
+        )
     return Verification(
         base=str(base),
         adapter=str(adapter),
@@ -203,6 +210,8 @@ def _onto(
         return None, {}
     if is_loftq(file):
         return DEQUANTISED, layers
+    if not remade(layers):
+        return ORIGINAL, {}
     onto = said.get("onto")
     return onto if onto in ONTO else _nearer(file, layers, model, merged), layers
 
