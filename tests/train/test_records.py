@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lowrank.cli.settings import resolve
 from lowrank.train.rows import DataError, Row, read_data, read_rows
 from lowrank.train.shapes import Judged, Preference
 
@@ -168,6 +169,7 @@ def test_parquet_and_datasets(tmp_path, monkeypatch):
         read_rows(["org/name"])
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 REAL = Path(os.environ.get("LOWRANK_REAL_DATA", ""))
 
 
@@ -190,3 +192,22 @@ def test_files_from_the_field():
     judged = read("instructions/kto_en_demo.json").rows
     assert all(isinstance(row, Judged) for row in judged)
     assert len({row.label for row in judged}) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "shape"),
+    [
+        ("gsm8k", 7473, "prompt-completion"),
+        ("alpaca", 999, "alpaca"),
+        ("banking77", 10003, "text-label"),
+        ("e2e", 4672, "prompt-completion"),
+    ],
+)
+def test_settings_of_the_examples(name, rows, shape, monkeypatch):
+    """They can be read, and so can the files they name, where those are at hand."""
+    settings = resolve(EXAMPLES / f"{name}.yaml", {}, ("model.path", "data.train"))
+    if "LOWRANK_REAL_DATA" in os.environ:
+        monkeypatch.chdir(REAL)
+        data = read_data([settings.data.train], **settings.data.reading)
+        assert data.shapes == {shape: rows}
+        assert data.rows[0].prompt

@@ -1,8 +1,11 @@
 """Every shape, by what its row becomes."""
 
+from pathlib import Path
+
 import pytest
 from text import write_rows
 
+from lowrank.train.records import FORMATS
 from lowrank.train.rows import DataError, Row, read_data, read_rows
 from lowrank.train.shapes import SHAPES, Judged, Preference
 
@@ -252,3 +255,9 @@ def test_preferences_are_not_fine_tuned_on(tmp_path):
     with pytest.raises(DataError, match=r"1 of 1 rows are for preference training \(preference;"):
         read_rows([path])
     assert read_rows([path], columns={"chosen": "completion"}) == [Row("a", "b", f"{path}:1")]
+
+
+def test_the_page_has_every_shape_and_format():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("|"))
+    assert [name for name in (*SHAPES, *FORMATS) if f"`{name}`" not in rows] == []
