@@ -52,15 +52,17 @@ def settings_table(settings: RunSettings, folder: Path) -> RenderableType:
     return Group(given, rest)
 
 
-def data_lines(data: Data, packing: bool = False) -> RenderableType:
-    template = "through the chat template" if data.tokenizer.chat_template else "as plain text"
+def data_lines(data: Data, settings: RunSettings) -> RenderableType:
+    """How the rows were read, what of them is learnt, and one of them."""
+    templated = data.tokenizer.chat_template and settings.data.chat_template
+    template = "through the chat template" if templated else "as plain text"
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, rows in (("train", data.train), ("eval", data.eval), ("skill", data.skill)):
         if rows is not None:
             table.add_row(name, rows.summary)
-    if packing:
+    if settings.train.packing:
         count = len(pack(data.train.examples, data.train.max_length))
         full = data.train.tokens / (count * data.train.max_length)
         table.add_row("packed", f"into {count} rows, {full:.0%} full")

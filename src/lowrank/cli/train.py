@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     show(record.settings_table(settings, folder))
     data = training.open_data(settings)
-    show(record.data_lines(data, settings.train.packing))
+    show(record.data_lines(data, settings))
     with compat.standing_in():
         result = training.train(settings, data, folder, checkpoint)
     report = record.write(settings, folder, data, result, time.perf_counter() - started)
