@@ -24,7 +24,9 @@ def quantise_model(
     """Puts a QuantisedLinear in the place of each linear layer, and returns their paths.
 
     Which ones: `quantisable`. compute_dtype: of their products; None: the input's. One layer at a time is held
-    twice. Raises QuantisationError for a weight that cannot be rounded; the layers before it are quantised then.
+    twice. A folder that `from_pretrained` reads is written by `lowrank quantize`, or from a model that was loaded with
+    a `QuantizationConfig`: this model's own config does not say that it is quantised.
+    Raises QuantisationError for a weight that cannot be rounded; the layers before it are quantised then.
     """
     paths = quantisable(model, skip)
     for path in paths:

@@ -226,12 +226,6 @@ class Quantizer(HfQuantizer):
         model.set_submodule(path, made.requires_grad_(False))
         keep(made)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Each tensor on its own: layers share their code books, which safetensors does not hold."""
-        state = model.state_dict()
-        maps = {key: state[key].clone() for key in state if key.endswith("quant_map")}
-        return {**state, **maps}, {}
-
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving makes it a word
         for path, layer in list(model.named_modules()):

@@ -147,7 +147,7 @@ class QuantisedLinear(nn.Module):
             destination[prefix + name] = tensor
 
     def _saved(self) -> dict[str, Tensor]:
-        """What bitsandbytes saves beside `weight` and `bias`."""
+        """What bitsandbytes saves beside `weight` and `bias`; the tables are each layer's own, as safetensors wants."""
         packed, q = self.packed, self.quantisation
         device = packed.codes.device
         if q.format == "int8":
@@ -159,10 +159,10 @@ class QuantisedLinear(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": self.shape,
         }
-        found = {"absmax": packed.absmax, "quant_map": table(q.format, device)}
+        found = {"absmax": packed.absmax, "quant_map": table(q.format, device).clone()}
         if packed.nested_absmax is not None and packed.offset is not None:
             found["nested_absmax"] = packed.nested_absmax
-            found["nested_quant_map"] = table("dynamic", device)
+            found["nested_quant_map"] = table("dynamic", device).clone()
             values["nested_blocksize"] = NESTED_BLOCK_SIZE
             values["nested_dtype"] = "float32"
             values["nested_offset"] = 0.0 if packed.offset.is_meta else packed.offset.item()
