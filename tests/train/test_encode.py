@@ -1,3 +1,7 @@
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import text
 
@@ -273,3 +277,49 @@ def test_a_tokenizer_without_an_end_is_warned_of():
     with pytest.warns(LowrankWarning, match="no end token"):
         encoded = encode([PAIR], endless, max_length=100)
     assert segments(encoded.examples[0], endless) == [("two?", False), ("yes", True)]
+
+
+TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates" if find_spec("trl") else None  # fmt: skip
+
+
+@pytest.mark.skipif(TEMPLATES is None, reason="TRL is not installed")
+@pytest.mark.parametrize("name", ["cohere", "gemma3", "llama3", "phi3", "qwen3_instruct_2507"])
+def test_turns_are_where_marks_say_in_templates_of_the_field(name):
+    """TRL ships templates with marks beside those of the models; ours are found without."""
+    learnt = {}
+    for variant in ("", "_training"):
+        template = (TEMPLATES / f"{name}{variant}.jinja").read_text(encoding="utf-8")
+        tokenizer = text.byte_tokenizer(template=template)
+        ends = re.findall(r"<\|?(?:im_end|eot_id|end_of_turn|END_OF_TURN_TOKEN|end)\|?>", template)
+        names = {*ends, *re.findall(r"<\|(?:user|assistant)\|>", template)} - {"<|end|>"}
+        tokenizer.add_special_tokens({"additional_special_tokens": sorted(names)})
+        tokenizer.bos_token = "<|pad|>"
+        tokenizer.eos_token = "<|system|>" if "<|end|>" in ends else ends[0]
+        row = Row([turn("user", "a"), turn("assistant", "one"), turn("user", "b")], "two", "f:1")
+        # a line break after the end may be inside of the marks
+        learnt[variant] = [part.rstrip() for part in supervised(row, tokenizer)]
+    one, two = learnt[""]
+    assert learnt[""] == learnt["_training"]
+    assert one.startswith("one<")
+    assert two.startswith("two<")
+
+
+def test_a_template_that_leaves_the_answer_out_is_refused():
+    """Some of models with images take a message's content in parts, and pass over a string."""
+    parts = text.byte_tokenizer(
+        template="{% for m in messages %}<|user|>{% for c in m.content %}{{ c.text }}{% endfor %}"
+        "<|end|>{% endfor %}"
+    )
+    for loss_on in ("last", "assistant"):
+        with pytest.raises(DataError, match=r"leaves out what message \d says"):
+            encode([LONG], parts, max_length=100, loss_on=loss_on)
+
+
+def test_arguments_are_given_as_text_where_the_template_wants_text():
+    tokenizer = text.byte_tokenizer(
+        template="{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ 'call ' + c.function.arguments }}{% endfor %}<|end|>{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    row = Row([turn("user", "q")], "", "f:1", [turn("assistant", "", tool_calls=[call])])
+    assert supervised(row, tokenizer) == ['call {"a": 1}<|end|>']

@@ -155,6 +155,7 @@ def segments(example: dict[str, list[int]], tokenizer: Any) -> list[tuple[str, b
 def _tokens(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
     """For each text its ids, closed by the end token, and which of them are learnt."""
     found: list[tuple[list[int], list[bool]]] = [([], [])] * len(texts)
+    eos = tokenizer.eos_token_id
     marked = [i for i, text in enumerate(texts) if text.marked is not None]
     for i in marked:
         found[i] = _by_marks(texts[i], tokenizer)
@@ -167,10 +168,28 @@ def _tokens(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[list[int], 
         ids = dict(zip(parts, prompt_ids(list(parts), tokenizer, templated), strict=True))
         for i in where:
             found[i] = _by_spans(texts[i], ids, tokenizer)
+    special = _special(tokenizer)
     return [
-        _closed(*pair, text, tokenizer.eos_token_id)
-        for pair, text in zip(found, texts, strict=True)
+        _closed(
+            ids, _ended(ids, learnt, special, tokenizer) if text.templated else learnt, text, eos
+        )
+        for (ids, learnt), text in zip(found, texts, strict=True)
     ]
+
+
+def _ended(ids: list[int], learnt: list[bool], special: set[int], tokenizer: Any) -> list[bool]:
+    """Turns that end in no special token, as with marks around the words alone, end in the next one.
+
+    That is what a model stops at, even where it begins the next turn (GLM's).
+    """
+    learnt = list(learnt)
+    for start, end in runs(learnt):
+        last = end
+        while last > start and not tokenizer.decode([ids[last - 1]]).strip():
+            last -= 1  # a line break after the end
+        if ids[last - 1] not in special and end < len(ids) and ids[end] in special:
+            learnt[end] = True
+    return learnt
 
 
 def _borders(text: Rendered) -> list[int]:
@@ -203,15 +222,11 @@ def _by_spans(
 
 
 def _by_marks(text: Rendered, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """As the template's {% generation %} marks say; a special token right after each is its end."""
+    """The ids, and which are learnt as the template's {% generation %} marks say."""
     out = tokenizer.apply_chat_template(
         **(text.marked or {}), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, learnt = list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
-    special = _special(tokenizer)
-    for i in range(1, len(ids)):
-        if learnt[i - 1] and not learnt[i] and ids[i] in special and ids[i - 1] not in special:
-            learnt[i] = True
     return ids, learnt
 
 

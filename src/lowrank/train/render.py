@@ -1,7 +1,9 @@
 """Rows as the text that a model reads, and which characters of it are learnt."""
 
+import json
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from lowrank.train.records import BadRow, DataError
@@ -50,6 +52,7 @@ def rendered(
         return Rendered(text, [(start, len(text))], True)
     whole = render(turns, tokenizer, row.tools)
     if loss_on == "assistant" and has_marks(tokenizer) and len(learnt) == _answers(turns):
+        _check_said(learnt[-1], turns, whole)
         return Rendered(whole, [], True, closed, {"conversation": turns, "tools": row.tools})
     spans = [_span(k, turns, whole, row, tokenizer) for k in learnt]
     return Rendered(whole, spans, True, closed)
@@ -78,12 +81,31 @@ def render(
     """`turns` through the chat template. Raises BadRow with the template's own words if it refuses."""
     from jinja2 import TemplateError
 
-    try:
-        return tokenizer.apply_chat_template(
-            turns, tools=tools, tokenize=False, add_generation_prompt=answer_next
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadRow(f"the chat template refuses it: {error}") from None
+    tried: list[Exception] = []
+    for given in (turns, _arguments_as_text(turns)):
+        try:
+            return tokenizer.apply_chat_template(
+                given, tools=tools, tokenize=False, add_generation_prompt=answer_next
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            tried.append(error)
+    raise BadRow(f"the chat template refuses it: {tried[0]}")
+
+
+def _arguments_as_text(turns: list[Message]) -> list[Message]:
+    """For templates that write the arguments of tool calls as they stand (DeepSeek-V3's)."""
+
+    def call(made: dict[str, Any]) -> dict[str, Any]:
+        function = made["function"]
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        return {**made, "function": {**function, "arguments": arguments}}
+
+    return [
+        {**turn, "tool_calls": [call(made) for made in turn["tool_calls"]]}
+        if "tool_calls" in turn
+        else turn
+        for turn in turns
+    ]
 
 
 def turns_of(prompt: Prompt) -> list[Message]:
@@ -118,12 +140,12 @@ def _last_turn(turns: list[Message], row: Row, tokenizer: Any) -> tuple[str, int
     head = render(turns[:-1], tokenizer, row.tools, answer_next=True)
     whole = render(turns, tokenizer, row.tools)
     if whole.startswith(head):
+        _check_said(len(turns) - 1, turns, whole[len(head) :])
         return whole, len(head)
     # a template that renders the prompt in another way once an answer follows (it drops an old
     # thinking part, say): train on what the model will see when it has to answer
-    said = turns[-1]["content"].strip()
-    _, found, end = whole.rpartition(said)
-    if not said or not found:
+    said, end = _said(turns[-1], whole)
+    if not said:
         raise BadRow(_unclear(len(turns) - 1, "the answer is not in it as it stands"))
     return head + said + end, len(head)
 
@@ -134,14 +156,36 @@ def _span(k: int, turns: list[Message], whole: str, row: Row, tokenizer: Any) ->
     upto = render(turns[: k + 1], tokenizer, row.tools)
     if not whole.startswith(head):
         raise BadRow(_unclear(k, "what comes before this one changes once more follows"))
+    start = len(head)
     if upto.startswith(head) and whole.startswith(upto):
-        return len(head), len(upto)
-    # a thinking part, say, that only the last answer has: the answer and its end are the same
-    said = turns[k]["content"].strip()
-    _, found, end = upto.rpartition(said)
-    if said and found and whole.startswith(said + end, len(head)):
-        return len(head), len(head) + len(said + end)
+        _check_said(k, turns, whole[start : len(upto)])
+        return start, len(upto)
+    # a thinking part that only the last answer has, say, or an end of the whole conversation: the
+    # answer is the same, and so is what ends it
+    said, end = _said(turns[k], upto)
+    if said and whole.startswith(said, start):
+        pairs = zip(end, whole[start + len(said) :], strict=False)
+        shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        # up to a whole token that ends it: what follows may begin alike
+        marks = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        ends = [shared.rfind(mark) + len(mark) for mark in marks if mark in shared]
+        if ends:
+            return start, start + len(said) + max(ends)
     raise BadRow(_unclear(k, "this one changes once more follows"))
+
+
+def _said(turn: Message, text: str) -> tuple[str, str]:
+    """What the turn says, as it stands last in `text`, and what comes after it; empty if it does not."""
+    said = turn["content"].strip()
+    _, found, end = text.rpartition(said) if said else ("", "", "")
+    return found, end
+
+
+def _check_said(k: int, turns: list[Message], text: str) -> None:
+    """Some templates take the content of a message in parts alone, and leave out a string."""
+    words = turns[k]["content"].split()
+    if words and words[-1] not in text:
+        raise BadRow(f"the chat template leaves out what message {k + 1} says")
 
 
 def _unclear(k: int, why: str) -> str:
