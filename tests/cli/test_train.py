@@ -199,6 +199,31 @@ def test_bad_rows_end_the_run_before_the_model_is_read(folder, capsys):
     assert not (folder / "bad").exists()
 
 
+def test_bad_rows_of_training_and_evaluation_come_together(folder, capsys):
+    one = text.write_rows(folder / "one.jsonl", *text.pairs(2), b"{")
+    two = text.write_rows(folder / "two.jsonl", {"prompt": "a", "chosen": "b"})
+    words = ["--model", f"{folder}/base", "--data", f"{one}", "--data.eval", f"{two}"]
+    assert main(["train", *words, "--output", f"{folder}/never"]) == 2
+    err = capsys.readouterr().err
+    assert f"{one}:3: broken JSON" in err
+    assert f"{two}:1: column `rejected` is missing (preference)" in err
+    text.write_rows(folder / "two.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    words = ["--model", f"{folder}/base", "--data", f"{two}", "--output", f"{folder}/never"]
+    assert main(["train", *words]) == 2
+    assert "1 of 1 rows are for preference training" in capsys.readouterr().err
+
+
+def test_evaluate_reads_as_training_did(folder, capsys):
+    (folder / "table.csv").write_text("q;a;n\n1 and 1?;11;x\n2 and 2?;;x\n")
+    words = ["--data", f"{folder}/table.csv", "--separator", ";", "--on-bad-row", "skip", "--json"]
+    columns = ["--columns", "{q: prompt, a: completion}", "--prompt-template", "say {{ q }}"]
+    assert main(["evaluate", f"{folder}/base", *words, *columns, "--generate", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["answers"][0]["prompt"]) == (1, "say 1 and 1?")
+    assert main(["evaluate", f"{folder}/base", *words, "--shape", "tablet"]) == 2
+    assert "--shape should be one of messages" in capsys.readouterr().err
+
+
 def test_too_long_for_the_model(folder, capsys):
     assert train(folder, "long", "--max_length", "65") == 2
     assert "made for 64 tokens" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name != "config"}
-    if args.config and args.config.suffix in (".jsonl", ".json", ".csv"):
+    if args.config and args.config.suffix not in (".yaml", ".yml", ""):
         raise SettingsError(f"{args.config} is data, not settings: give it as --data {args.config}")
     settings = resolve(args.config, flags, REQUIRED)
     folder = output_folder(settings, args.config)
