@@ -109,15 +109,16 @@ def check_packing(model: Any) -> None:
     scale = 16 * torch.finfo(weight.dtype if weight.is_floating_point() else torch.bfloat16).eps
     limit = max(scale, 1e-4) * packed[0].abs().max()
     reason = None
-    if not (packed[0] - packed[1]).abs().max() <= limit:
+    if not packed[0].isfinite().all():
+        reason = "the logits are not finite, so that nothing can be told"
+    elif not (packed[0] - packed[1]).abs().max() <= limit:
         reason = "tokens of one packed row see those of another"
     elif not (packed[0] - torch.cat(alone)).abs().max() <= limit:
         reason = "a packed row is not what it is alone: its positions count on from the one before"
     if reason:
         raise PackingError(
             f"train.packing: in {type(_bare(model)).__name__} ({_attention(model)}), {reason}.\n"
-            "Set train.packing to false, or load the model with another attention "
-            "implementation (sdpa, eager, flash_attention_2)."
+            "Set train.packing to false: rows of like length then share a batch."
         )
 
 
