@@ -84,16 +84,24 @@ def load(folder: str, format: str, backend: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
 
-def load_once(folder: str, format: str, backend: str) -> dict[str, Any]:
+def import_all() -> None:
+    """What any of the runs imports, and torch's own start: no part of what is measured."""
+    import accelerate  # noqa: F401
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
     import torch
+    from transformers.models.llama import modeling_llama  # noqa: F401
 
+    import lowrank.peft
+    import lowrank.quantizer  # noqa: F401
+
+    torch.ones(64, 64) @ torch.ones(64, 64)
+
+
+def load_once(folder: str, format: str, backend: str) -> dict[str, Any]:
     from lowrank.model_size import held_bytes
 
-    if "format" in FORMATS[format]:  # the imports are no part of it
-        if backend == "bitsandbytes":
-            import bitsandbytes  # noqa: F401
-        import lowrank.quantizer  # noqa: F401
-    torch.ones(64, 64) @ torch.ones(64, 64)
+    import_all()
     start = time.perf_counter()
     with Peak() as peak:
         model = load(folder, format, backend)
@@ -128,6 +136,7 @@ def train_once(
     }
     examples = data["train"].examples[:rows]
     longest = max(examples, key=lambda example: len(example["input_ids"]))
+    import_all()
     with Peak() as peak:
         base = load(str(model_path()), format, backend)
         weights = held_bytes(base)
