@@ -26,7 +26,7 @@ def test_what_is_shown(folder, capsys):
     assert "prompt-completion (prompt, completion)" in out
     assert "9 rows" in out
     assert "dropped 1" in out
-    assert out.count("tokens learnt, ") == 2
+    assert " ".join(out.split()).count("tokens learnt, ") == 2
     # by position: the end of the prompt is not marked, the same token after the answer is
     assert "<|user|>1 and 1?<|end|>\n   <|assistant|>⟦11<|end|>⟧" in out
     assert f"{folder}/rows.jsonl:2" in out.replace("\n", "")
