@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
+from lowrank.train.conversations import Message, Prompt
 from lowrank.train.records import BadRow, DataError
-from lowrank.train.shapes import Message, Prompt, Row
+from lowrank.train.shapes import Row
 
 LossOn = Literal["completion", "assistant", "last", "all"]
 

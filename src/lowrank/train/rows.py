@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank.errors import did_you_mean
+from lowrank.train.conversations import Prompt
 from lowrank.train.records import (
     BadRow,
     DataError,
@@ -18,7 +19,6 @@ from lowrank.train.records import (
 from lowrank.train.shapes import (
     Judged,
     Preference,
-    Prompt,
     Row,
     Shape,
     check_shape,

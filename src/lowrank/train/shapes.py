@@ -5,11 +5,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lowrank.errors import did_you_mean
+from lowrank.train.conversations import (
+    Message,
+    Prompt,
+    checked_text,
+    messages_of,
+    spoken,
+    spoken_answer,
+    text_of,
+    tools_of,
+)
 from lowrank.train.records import BadRow, DataError, kind_of
-
-Message = dict[str, Any]  # {"role", "content"}, and what a template makes of further keys
-Prompt = list[Message] | str
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
 class Row(NamedTuple):
@@ -58,11 +64,11 @@ class Shape(NamedTuple):
 
 
 def _messages(columns: dict[str, Any], where: str) -> Row:
-    return _conversation(messages_of(columns["messages"], "messages"), _tools(columns), where)
+    return _conversation(messages_of(columns["messages"], "messages"), tools_of(columns), where)
 
 
 def _sharegpt(columns: dict[str, Any], where: str) -> Row:
-    return _conversation(_spoken(columns), _tools(columns), where)
+    return _conversation(spoken(columns), tools_of(columns), where)
 
 
 def _alpaca(columns: dict[str, Any], where: str) -> Row:
@@ -77,7 +83,7 @@ def _prompt_completion(columns: dict[str, Any], where: str) -> Row:
         raise BadRow(f"`completion` is a list of messages, and `prompt` is {kind_of(prompt)}")
     turns = messages_of(completion, "completion")
     return _conversation(
-        [*messages_of(prompt, "prompt"), *turns], _tools(columns), where, len(turns)
+        [*messages_of(prompt, "prompt"), *turns], tools_of(columns), where, len(turns)
     )
 
 
@@ -112,8 +118,8 @@ def _preference(columns: dict[str, Any], where: str) -> Preference:
 
 
 def _sharegpt_preference(columns: dict[str, Any], where: str) -> Preference:
-    turned = {name: _spoken_answer(columns, name) for name in ("chosen", "rejected")}
-    return _pair(_spoken(columns), {**columns, **turned}, where)
+    turned = {name: spoken_answer(columns, name) for name in ("chosen", "rejected")}
+    return _pair(spoken(columns), {**columns, **turned}, where)
 
 
 def _alpaca_preference(columns: dict[str, Any], where: str) -> Preference:
@@ -259,29 +265,13 @@ def _names(columns: Iterable[str]) -> str:
 # --- parts of a row ---------------------------------------------------------------------------------
 
 
-def text_of(columns: Mapping[str, Any], name: str, filled: bool = False) -> str:
-    return _text(columns[name], name, filled)
-
-
-def _text(value: Any, name: str, filled: bool = False) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"`{name}` should be a string, found {kind_of(value)}")
-    if "\0" in value:
-        raise BadRow(f"`{name}` holds NUL bytes")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        what = f"byte {code - 0xDC00:#04x}" if 0xDC80 <= code <= 0xDCFF else "half a character"
-        raise BadRow(f"`{name}` is not UTF-8: {what} at {error.start}") from None
-    if filled and not value.strip():
-        raise BadRow(f"`{name}` is empty")
-    return value
-
-
 def _prompt(columns: Mapping[str, Any]) -> Prompt:
     prompt = columns["prompt"]
-    return messages_of(prompt, "prompt") if isinstance(prompt, list) else _text(prompt, "prompt")
+    return (
+        messages_of(prompt, "prompt")
+        if isinstance(prompt, list)
+        else checked_text(prompt, "prompt")
+    )
 
 
 def _instruction(columns: Mapping[str, Any]) -> Prompt:
@@ -298,7 +288,7 @@ def _instruction(columns: Mapping[str, Any]) -> Prompt:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow(f"`history[{i}]` should be [question, answer]")
         for role, said in zip(("user", "assistant"), pair, strict=True):
-            before.append({"role": role, "content": _text(said, f"history[{i}]")})
+            before.append({"role": role, "content": checked_text(said, f"history[{i}]")})
     return [*before, {"role": "user", "content": asked}] if before else asked
 
 
@@ -319,7 +309,7 @@ def _first_answer(answers: Any) -> tuple[str, int | None]:
         raise BadRow("`answers` is empty: a question without an answer")
     if isinstance(texts[0], dict):
         texts, start = [texts[0].get("text")], texts[0].get("answer_start")
-    return _text(texts[0], "answers", filled=True), start if isinstance(start, int) else None
+    return checked_text(texts[0], "answers", filled=True), start if isinstance(start, int) else None
 
 
 def _conversation(
@@ -340,143 +330,6 @@ def _conversation(
     return Row(prompt, answer, where, None if plain else reply, tools)
 
 
-def messages_of(value: Any, name: str) -> list[Message]:
-    """OpenAI's messages, checked; texts in parts are joined, arguments of tool calls are objects."""
-    if not isinstance(value, list):
-        raise BadRow(f"`{name}` should be a list, found {kind_of(value)}")
-    if not value:
-        raise BadRow(f"`{name}` is empty")
-    return [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
-
-
-def _message(message: Any, name: str) -> Message:
-    if not isinstance(message, dict):
-        raise BadRow(
-            f"`{name}` should be an object with role and content, found {kind_of(message)}"
-        )
-    # columns of Parquet hold every key of any message, most of them null
-    kept = {key: value for key, value in message.items() if value is not None}
-    if "role" not in kept:
-        raise BadRow(f"`{name}` has no `role`")
-    role = _text(kept["role"], f"{name}.role")
-    if role not in ROLES:
-        raise BadRow(
-            f"`{name}.role` {role!r} is none of {', '.join(ROLES)}.{did_you_mean(role, ROLES)}"
-        )
-    calls = kept.get("tool_calls")
-    if calls:
-        kept["tool_calls"] = [_call(call, f"{name}.tool_calls") for call in _list(calls, name)]
-    else:
-        kept.pop("tool_calls", None)
-    if "content" not in kept and not calls:
-        raise BadRow(f"`{name}` has no `content`")
-    kept["content"] = _content(kept.get("content", ""), f"{name}.content")
-    return kept
-
-
-def _content(value: Any, name: str) -> str:
-    if not isinstance(value, list):
-        return _text(value, name)
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            found = part.get("type") if isinstance(part, dict) else kind_of(part)
-            raise BadRow(f"`{name}` has a part of type {found}; only text can be trained on")
-    return "".join(_text(part.get("text"), name) for part in value)
-
-
-def _call(call: Any, name: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(f"`{name}` should be a list of {{'function': {{'name', 'arguments'}}}}")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):  # OpenAI sends JSON in a string, templates expect an object
-        try:
-            arguments = json.loads(arguments or "{}")
-        except json.JSONDecodeError as error:
-            raise BadRow(f"`{name}` has broken JSON as arguments: {error.msg}") from None
-    made = {"type": "function", "function": {**function, "arguments": arguments}}
-    return {**{key: call[key] for key in ("id",) if call.get(key)}, **made}
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise BadRow(f"`{name}` should be a list, found {kind_of(value)}")
-    return value
-
-
-def _tools(columns: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    tools = columns.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise BadRow(f"`tools` is broken JSON: {error.msg}") from None
-    if not tools:
-        return None
-    if not all(isinstance(tool, dict) for tool in _list(tools, "tools")):
-        raise BadRow("`tools` should be a list of objects, one a function")
-    return tools
-
-
-# who speaks in ShareGPT's files
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-
-
-def _spoken(columns: Mapping[str, Any]) -> list[Message]:
-    """`conversations` as messages, after `system` where there is one."""
-    turns = _list(columns["conversations"], "conversations")
-    if not turns:
-        raise BadRow("`conversations` is empty")
-    said = [_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-    if columns.get("system"):
-        said.insert(0, {"role": "system", "content": text_of(columns, "system")})
-    return said
-
-
-def _turn(turn: Any, name: str) -> Message:
-    if isinstance(turn, dict) and "role" in turn:
-        return _message(turn, name)
-    if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-        raise BadRow(f"`{name}` should be an object with from and value")
-    speaker, value = _text(turn["from"], f"{name}.from"), _text(turn["value"], f"{name}.value")
-    if speaker == "function_call":
-        try:
-            calls = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRow(f"`{name}` is a function call of broken JSON: {error.msg}") from None
-        calls = calls if isinstance(calls, list) else [calls]
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [_call(call, name) for call in calls],
-        }
-    if speaker not in SPEAKERS:
-        hint = did_you_mean(speaker, SPEAKERS)
-        raise BadRow(f"`{name}.from` {speaker!r} is none of {', '.join(SPEAKERS)}.{hint}")
-    return {"role": SPEAKERS[speaker], "content": value}
-
-
-def _spoken_answer(columns: Mapping[str, Any], name: str) -> Any:
-    answer = columns[name]
-    if isinstance(answer, str):
-        return [{"role": "assistant", "content": answer}]
-    turns = answer if isinstance(answer, list) else [answer]
-    return [_turn(turn, name) for turn in turns]
-
-
 def _pair(prompt: Prompt | None, columns: Mapping[str, Any], where: str) -> Preference:
     """Both answers as the prompt is: text after text, messages after messages."""
     chosen, rejected = (_answer(columns[name], name) for name in ("chosen", "rejected"))
@@ -487,7 +340,7 @@ def _pair(prompt: Prompt | None, columns: Mapping[str, Any], where: str) -> Pref
     if isinstance(chosen, str):
         assert prompt is not None
         if isinstance(prompt, str):
-            return Preference(prompt, chosen, rejected, where, _tools(columns))
+            return Preference(prompt, chosen, rejected, where, tools_of(columns))
         chosen, rejected = ([{"role": "assistant", "content": a}] for a in (chosen, rejected))
     assert isinstance(rejected, list)
     shared = 0
@@ -504,11 +357,15 @@ def _pair(prompt: Prompt | None, columns: Mapping[str, Any], where: str) -> Pref
     for name, turns in (("chosen", better), ("rejected", worse)):
         if not turns or turns[-1]["role"] != "assistant":
             raise BadRow(f"the last message of `{name}` should be the assistant's, and its own")
-    return Preference(asked, better, worse, where, _tools(columns))
+    return Preference(asked, better, worse, where, tools_of(columns))
 
 
 def _answer(value: Any, name: str) -> Prompt:
-    return messages_of(value, name) if isinstance(value, list) else _text(value, name, filled=True)
+    return (
+        messages_of(value, name)
+        if isinstance(value, list)
+        else checked_text(value, name, filled=True)
+    )
 
 
 def _verdict(columns: Mapping[str, Any]) -> bool:
