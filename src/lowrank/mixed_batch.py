@@ -29,18 +29,18 @@ def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
     count = len(layer.routing.names)
     if layer.disable_adapters:
         return y
-    rows = {name: found for name, found in groups(layer.routing.names).items() if name in layer.r}
-    if rows and y.ndim <= -layer.kind.op.channel(layer.base_layer):
+    together = _remembered(layer, (layer.training,), lambda: _together(layer))
+    if together and y.ndim <= -layer.kind.op.channel(layer.base_layer):
         raise RowsError(
             f"A {type(layer.base_layer).__name__} was given {tuple(x.shape)}, which has no dimension for the rows of a "
             "batch: adapter_names=… does not work with it. Run the adapters one after another."
         )
     y = _original_rows(layer, x, y)
-    for names in _batches(layer, rows):
+    for names, rows in together:
         if len(names) > 1:
-            y = _one_product(layer, names, [rows[name] for name in names], x, y, count)
+            y = _one_product(layer, names, rows, x, y, count)
         else:
-            y = _one_adapter(layer, names[0], rows[names[0]], x, y, count)
+            y = _one_adapter(layer, names[0], rows[0], x, y, count)
     return y
 
 
@@ -148,22 +148,39 @@ def _original_rows(layer: Any, x: Tensor, y: Tensor) -> Tensor:
     return y.index_copy(0, chosen, functional_call(base, {kind.weight: W}, (x[chosen],)))
 
 
-def _batches(layer: Any, rows: dict[str, list[int]]) -> list[list[str]]:
-    """The adapters, those together that can share a batched product: plain LoRA, same r, same number of rows."""
-    together: dict[tuple, list[str]] = {}
-    for name, found in rows.items():
-        op = layer.kind.op
-        plain = (
-            op is not None
-            and op.up_onto is not None
-            and not layer.use_dora[name]
-            and name not in layer.routing.invocations
-            and not layer.lora_bias[name]
-        )
-        dropout = layer.lora_dropout[name]
-        plain = plain and (isinstance(dropout, nn.Identity) or not dropout.training)
-        together.setdefault((layer.rank(name), len(found)) if plain else (name,), []).append(name)
-    return list(together.values())
+def _together(layer: Any) -> list[tuple[list[str], list[list[int]]]]:
+    """(adapters, the rows of each) that can share a batched product: plain LoRA, same r, same number of rows."""
+    found: dict[tuple, tuple[list[str], list[list[int]]]] = {}
+    for name, rows in groups(layer.routing.names).items():
+        if name not in layer.r:
+            continue
+        key = (layer.rank(name), len(rows)) if _plain(layer, name) else (name,)
+        names, rows_of = found.setdefault(key, ([], []))
+        names.append(name)
+        rows_of.append(rows)
+    return list(found.values())
+
+
+def _plain(layer: Any, name: str) -> bool:
+    """Whether the adapter only adds scaling·B·A·x to a linear layer's output."""
+    dropout = layer.lora_dropout[name]
+    return (
+        layer.kind.op.up_onto is not None
+        and not layer.use_dora[name]
+        and name not in layer.routing.invocations
+        and not layer.lora_bias[name]
+        and (isinstance(dropout, nn.Identity) or not dropout.training)
+    )
+
+
+def _remembered(layer: Any, key: tuple, make: Callable[[], Any]) -> Any:
+    """What `make` gives, kept while these rows are routed; made anew each time where gradients are wanted."""
+    if torch.is_grad_enabled():
+        return make()
+    cache, key = layer.routing.cache, (id(layer), *key)
+    if key not in cache:
+        cache[key] = make()
+    return cache[key]
 
 
 def _one_product(
@@ -189,18 +206,15 @@ def _stacked(layer: Any, names: Sequence[str], dtype: torch.dtype) -> tuple[Tens
 
     Contiguous in this order: a batched product on a CPU copies transposed factors at each call.
     """
-    key = (id(layer), tuple(names), dtype)
-    cache = layer.routing.cache
-    if not torch.is_grad_enabled() and key in cache:
-        return cache[key]
-    loras = [layer.lora(name) for name in names]
-    found = (
-        torch.stack([lora.A.T for lora in loras]).to(dtype),
-        torch.stack([lora.B.T * lora.scaling for lora in loras]).to(dtype),
-    )
-    if not torch.is_grad_enabled():
-        cache[key] = found
-    return found
+
+    def stack() -> tuple[Tensor, Tensor]:
+        loras = [layer.lora(name) for name in names]
+        return (
+            torch.stack([lora.A.T for lora in loras]).to(dtype),
+            torch.stack([lora.B.T * lora.scaling for lora in loras]).to(dtype),
+        )
+
+    return _remembered(layer, (*names, dtype), stack)
 
 
 def _one_adapter(
