@@ -170,8 +170,8 @@ def train_once(
                 seconds.append(time.perf_counter() - start)
     found = evaluate(model.eval(), tokenizer, data["test"], generate=160, max_new_tokens=16)
     return {
-        "exact": found.exact_match,
-        "loss": found.loss,
+        "exact": found.scores["exact_match"],
+        "loss": found.scores["loss"],
         "weights": weights,
         "peak": peak.bytes,
         "step": statistics.median(seconds),

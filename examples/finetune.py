@@ -53,7 +53,8 @@ model.save_pretrained(output)
 fresh = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
 after = evaluate(PeftModel.from_pretrained(fresh, output), tokenizer, test, generate=40)
 print(
-    f"exact match {before.exact_match:.0%} -> {after.exact_match:.0%}, loss {before.loss:.2f} -> {after.loss:.2f}"
+    f"exact match {before.scores['exact_match']:.0%} -> {after.scores['exact_match']:.0%}, "
+    f"loss {before.scores['loss']:.2f} -> {after.scores['loss']:.2f}"
 )
 for answer in after.answers[:3]:
     print(f"  {answer.prompt!r} -> {answer.answer!r}")

@@ -52,6 +52,11 @@ WRONG = {
     "train:\n  batch_size: 0": "train.batch_size should be 1 or more, found 0",
     "train:\n  warmup_ratio: 1": "train.warmup_ratio should be from 0 to below 1, found 1",
     "train:\n  method: lorra": "should be lora or full, found 'lorra'. Did you mean 'lora'?",
+    "task: rm": "run.yaml:1: train.task should be one of sft",
+    "task: pretrain": ", found pretrain. Did you mean 'text'?",
+    "task: SFT": "Did you mean 'sft'?",
+    "task: text\ntrain:\n  task: sft": "run.yaml:3: train.task was set at run.yaml:1",
+    "tsk: text": "unknown section 'tsk'. Did you mean 'task'?",
     "data:\n  chat_template: sometimes": "should be true or false, found 'sometimes'",
     "data:\n  train: {a: 1}": "data.train should be a list or text or null, found {'a': 1}",
     "lora:\n  r: 0": "section lora: r=0 must be a whole number of at least 1.",
@@ -141,6 +146,14 @@ def test_bounds_and_choices_of_flags():
         check_value(FlagValue("-1"), Annotated[float, "help", POSITIVE])
     with pytest.raises(Wrong, match="a or b, found 'c'"):
         check_value(FlagValue("c"), Literal["a", "b"])
+
+
+def test_task_stands_at_the_top_or_under_train(config):
+    for words in ("task: text\n", "train:\n  task: text\n"):
+        settings = resolve(config(words), GIVEN, REQUIRED)
+        assert settings.train.task == "text"
+    assert resolve(None, {**GIVEN, "train.task": "text"}, REQUIRED).train.task == "text"
+    assert settings.lora["task_type"] == "CAUSAL_LM"
 
 
 def test_short_names_are_clear():

@@ -210,7 +210,7 @@ def test_bad_rows_of_training_and_evaluation_come_together(folder, capsys):
     text.write_rows(folder / "two.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
     words = ["--model", f"{folder}/base", "--data", f"{two}", "--output", f"{folder}/never"]
     assert main(["train", *words]) == 2
-    assert "1 of 1 rows are for preference training" in capsys.readouterr().err
+    assert "1 of 1 rows are pairs of a better and a worse answer" in capsys.readouterr().err
 
 
 def test_evaluate_reads_as_training_did(folder, capsys):
@@ -222,6 +222,25 @@ def test_evaluate_reads_as_training_did(folder, capsys):
     assert (found["rows"], found["answers"][0]["prompt"]) == (1, "say 1 and 1?")
     assert main(["evaluate", f"{folder}/base", *words, "--shape", "tablet"]) == 2
     assert "--shape should be one of messages" in capsys.readouterr().err
+
+
+def test_continued_pretraining_on_documents_longer_than_a_row(folder, capsys):
+    base = text.write_rows(folder / "documents.jsonl", {"text": "one two three " * 20})
+    (folder / "text.yaml").write_text(
+        f"task: text\nmodel: {{path: {folder}/base}}\ndata: {{train: {base}, eval: {base}}}\n"
+    )
+    words = ["--output", f"{folder}/text", "--max_length", "32", "--max_steps", "4", "--lr", "1e-2"]
+    assert main(["train", f"{folder}/text.yaml", "--packing", *words]) == 0
+    record = json.loads((folder / "text" / "run.json").read_text())
+    assert record["data"]["train"]["truncated"] == 0
+    assert record["data"]["train"]["rows"] == 10  # 281 tokens, of which each piece learns 31
+    assert record["after"]["loss"] < record["before"]["loss"]
+    capsys.readouterr()
+    words = ["--data", f"{base}", "--max-length", "32", "--json"]
+    assert main(["evaluate", f"{folder}/text", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["task"] == "text"
+    assert found["loss"] == pytest.approx(record["after"]["loss"], rel=1e-5)
 
 
 def test_too_long_for_the_model(folder, capsys):

@@ -56,7 +56,7 @@ def test_loss_is_the_mean_over_all_supervised_tokens(model, tokenizer):
         assert counted == tokens == data.supervised
         assert loss == pytest.approx(nats / tokens, rel=1e-5)
     result = evaluate(model, tokenizer, data)
-    assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert result.scores["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
 
 
 def test_loss_ignores_what_is_not_supervised():
@@ -100,9 +100,11 @@ def test_only_rows_with_a_prompt_are_answered(model, tokenizer):
     data = encode([Row(None, "text", "f:1"), *ROWS], tokenizer, max_length=100)
     result = evaluate(model, tokenizer, data, generate=2, max_new_tokens=3)
     assert (result.rows, result.answered) == (6, 2)
+    assert next(iter(result.scores)) == "exact_match"
+    assert result.over("rouge_l") == "answers to 2 evaluation rows"
     assert [answer.expected for answer in result.answers] == ["abc", "abc" * 7]
     nothing = evaluate(model, tokenizer, data, generate=0)
-    assert nothing.exact_match is None
+    assert list(nothing.scores) == ["loss", "perplexity"]
     assert nothing.answers == []
 
 

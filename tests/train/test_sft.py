@@ -14,7 +14,8 @@ from lowrank.train.encode import IGNORE, encode, pad_right
 from lowrank.train.evaluate import mean_loss
 from lowrank.train.rows import Row
 from lowrank.train.settings import EvalSettings, TrainSettings
-from lowrank.train.sft import NotRecognisedError, ResumeError, newest_checkpoint, train_sft
+from lowrank.train.sft import train_sft
+from lowrank.train.trainer import NotRecognisedError, ResumeError, newest_checkpoint
 
 ROWS = [
     Row(pair["prompt"], pair["completion"] * (1 + i % 3), f"f:{i}")

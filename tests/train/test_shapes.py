@@ -252,7 +252,9 @@ def test_a_prompt_is_written_by_a_template(tmp_path):
 
 def test_preferences_are_not_fine_tuned_on(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
-    with pytest.raises(DataError, match=r"1 of 1 rows are for preference training \(preference;"):
+    with pytest.raises(
+        DataError, match=r"1 of 1 rows are pairs of a better and a worse answer \(preference;"
+    ):
         read_rows([path])
     assert read_rows([path], columns={"chosen": "completion"}) == [Row("a", "b", f"{path}:1")]
 

@@ -1,4 +1,4 @@
-"""Loss, perplexity and greedy answers of a base, a base with an adapter, or a merged folder.
+"""Loss, answers and the task's metrics of a base, a base with an adapter, or a merged folder.
 
 MODEL is a model folder, a name on the Hub, `embedded`, or an adapter's folder (its base is then
 the one that the adapter names). DATA is what `train` takes as data.eval: its test part is used.
@@ -9,10 +9,13 @@ the one that the adapter names). DATA is what `train` takes as data.eval: its te
 
 import argparse
 import json
+from typing import Any, NamedTuple
 
 from lowrank.cli.arguments import whole
 from lowrank.cli.quantising import add_quantize, of_flags
-from lowrank.cli.settings import READING, EvalSettings, add_flags_of, given_flags
+from lowrank.cli.settings import READING, add_flags_of, given_flags
+from lowrank.train.settings import DataSettings, EvalSettings, Sections, TrainSettings
+from lowrank.train.tasks import TASKS
 
 DEFAULT = EvalSettings()
 
@@ -21,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--adapter", metavar="DIR", help="the adapter's folder")
     parser.add_argument("--data", nargs="+", required=True, help="file(s), or embedded:NAME")
+    parser.add_argument("--task", choices=TASKS, help="as trained, or as the model's class tells")
     add_flags_of(parser, READING)
     add_numbers(parser)
     parser.add_argument(
@@ -52,64 +56,65 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lowrank.cli.opening import context_length, open_model, open_rows
+    from lowrank.cli.opening import context_length, open_model, open_read, task_for
     from lowrank.report.data import to_json
-    from lowrank.train.encode import encode
-    from lowrank.train.evaluate import evaluate
+    from lowrank.train.rows import rows_of
 
-    rows = open_rows(args.data, "test", **given_flags(args, READING))
+    settings = settings_of(args)
+    found = open_read(args.data, "test", **settings.data.reading)
+    task = TASKS[args.task] if args.task else task_for(args.model, args.adapter)
+    rows = rows_of(task, found)
     opened = open_model(
         args.model,
         args.adapter,
         dtype=args.dtype,
         device=args.device,
         quantisation=of_flags(args),
+        task_type=task.task_type,
     )
-    template = not args.no_chat_template
-    data = encode(
-        rows,
-        opened.tokenizer,
-        max_length=context_length(opened.model.config, args.max_length),
-        chat_template=template,
-    )
-    result = evaluate(
-        opened.model,
-        opened.tokenizer,
-        data,
-        batch_size=args.batch_size,
-        generate=args.generate,
-        max_new_tokens=args.max_new_tokens,
-        chat_template=template,
-    )
+    length = context_length(opened.model.config, args.max_length)
+    data = task.prepare(rows, opened.tokenizer, settings, max_length=length)
+    result = task.evaluate(opened.model, opened.tokenizer, data, settings)
     if args.json:
-        what = {"model": opened.path, "adapter": opened.adapter, "data": args.data}
+        what: dict[str, Any] = {"model": opened.path, "adapter": opened.adapter, "task": task.name}
+        what["data"] = args.data
         what["quantisation"] = opened.quantisation and opened.quantisation.to_json()
-        print(json.dumps({**what, **to_json(result)}, indent=2, ensure_ascii=False))
+        print(json.dumps({**what, **to_json(result.record)}, indent=2, ensure_ascii=False))
     else:
         _print(opened, data, result, args.samples)
     return 0
+
+
+def settings_of(args: argparse.Namespace) -> Sections:
+    """What a task is told, out of the flags."""
+    data = DataSettings(chat_template=not args.no_chat_template, **given_flags(args, READING))
+    numbers = {name: getattr(args, name) for name in ("batch_size", "generate", "max_new_tokens")}
+    return Given(data, TrainSettings(), EvalSettings(**numbers))
+
+
+class Given(NamedTuple):
+    data: DataSettings
+    train: TrainSettings
+    eval: EvalSettings
 
 
 def _print(opened, data, result, samples: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lowrank.report.text import show
+    from lowrank.report.text import fact_table, show
+    from lowrank.train.metrics import METRICS
 
     name = opened.path if opened.adapter is None else f"{opened.path} + {opened.adapter}"
     show(Text(f" {name}", "bold"))
     facts = [
         *([("base", f"in {opened.quantisation}")] if opened.quantisation else []),
         ("data", data.summary),
-        ("loss", f"{result.loss:.4f} nats a token, over {result.tokens} tokens"),
-        ("perplexity", f"{result.perplexity:.3f}"),
     ]
-    if result.exact_match is not None:
-        facts += [
-            ("exact match", f"{result.exact_match:.1%} of {result.answered} rows, greedy"),
-            ("ROUGE-L", f"{result.rouge_l:.3f}"),
-        ]
-    show(_two_columns(facts))
+    for metric, value in result.scores.items():
+        kind = METRICS[metric]
+        facts.append((kind.title, f"{value:{kind.format}} ({result.over(metric)})"))
+    show(fact_table(facts))
     for answer in result.answers[:samples]:
         mark = Text("✓", "green") if answer.exact else Text("✗", "red")
         table = Table.grid(padding=(0, 1))
@@ -120,15 +125,3 @@ def _print(opened, data, result, samples: int) -> None:
         table.add_row(" expected", Text(answer.expected))
         table.add_row(Text(" ").append_text(mark).append(" answer"), Text(answer.answer))
         show(table)
-
-
-def _two_columns(facts: list[tuple[str, str]]):
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts:
-        table.add_row(name, Text(value))
-    return table

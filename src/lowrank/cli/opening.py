@@ -8,7 +8,9 @@ from torch import nn
 
 from lowrank.errors import LowrankError
 from lowrank.quantisation import Quantisation
+from lowrank.task_types import TASK_HEADS
 from lowrank.train.rows import DataError, ReadData, Row, read_data, supervised
+from lowrank.train.tasks import TASKS, Task
 
 EMBEDDED = "embedded"
 DEFAULT_LENGTH = 2048
@@ -63,19 +65,8 @@ def adapter_base(folder: str) -> str | None:
     return LoraConfig.from_json_file(path).get("base_model_name_or_path") or ""
 
 
-def open_model(
-    name: str,
-    adapter: str | None = None,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    quantisation: Quantisation | Literal["as named"] | None = "as named",
-) -> Opened:
-    """A base, alone or with an adapter, for evaluation. `name` may be the adapter's folder itself.
-
-    quantisation: how the base is rounded while it is loaded; "as named": as the adapter's file says.
-    """
+def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
+    """What is the base and what the adapter: `name` may be the adapter's folder itself."""
     base = adapter_base(name) if name != EMBEDDED else None
     if base is not None and adapter is None:
         if not base:
@@ -85,18 +76,63 @@ def open_model(
         name, adapter = base, name
     if adapter is not None and adapter_base(adapter) is None and Path(adapter).exists():
         raise OpeningError(f"{adapter} holds no adapter: there is no adapter_config.json in it")
+    return name, adapter
+
+
+def open_model(
+    name: str,
+    adapter: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    quantisation: Quantisation | Literal["as named"] | None = "as named",
+    task_type: str = "CAUSAL_LM",
+) -> Opened:
+    """A base, alone or with an adapter, for evaluation. `name` may be the adapter's folder itself.
+
+    quantisation: how the base is rounded while it is loaded; "as named": as the adapter's file says.
+    """
+    name, adapter = base_and_adapter(name, adapter)
     path = model_path(name)
     tokenizer = open_tokenizer(path, revision)
     if quantisation == "as named":
         quantisation = None if adapter is None else named_quantisation(adapter, path)
     model = open_base(
-        path, dtype=dtype, device=device, revision=revision, quantisation=quantisation
+        path,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        quantisation=quantisation,
+        task_type=task_type,
     )
     if adapter is not None:
         from lowrank import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).eval()
     return Opened(model, tokenizer, path, adapter, quantisation)
+
+
+def task_for(name: str, adapter: str | None = None) -> Task:
+    """The task that an adapter was trained for; of others the first with its task_type, or the architecture's."""
+    from lowrank.adapter_file import read_adapter
+    from lowrank.model_folder import task_of
+
+    name, adapter = base_and_adapter(name, adapter)
+    task_type = None
+    if adapter is not None:
+        saved = read_adapter(adapter)
+        task = saved.metadata.get("run", {}).get("train.task")
+        if task in TASKS:
+            return TASKS[task]
+        task_type = saved.config.task_type
+    wanted = task_of(model_path(name), task_type)
+    for task in TASKS.values():
+        if task.task_type == wanted:
+            return task
+    raise OpeningError(
+        f"{adapter or name} is for {wanted}, of which no task is known: name one with --task"
+    )
 
 
 def open_base(
@@ -106,20 +142,26 @@ def open_base(
     device: str,
     revision: str | None = None,
     quantisation: Quantisation | None = None,
+    task_type: str = "CAUSAL_LM",
+    **options: Any,
 ) -> nn.Module:
-    """A causal language model with all its weights, on its device; rounded tensor by tensor if so told."""
+    """A model of the task's class with all its weights, on its device; rounded tensor by tensor if so told.
+
+    options: of its configuration (num_labels, …). A task's head that the folder lacks is new.
+    """
     from lowrank.model_folder import load_config, load_model, quantised_by, refuse_lacking
 
     where = pick_device(device)
     if quantisation is None and quantised_by(load_config(path, revision)) is None:
         held = pick_dtype(dtype, where)
-        loaded = load_model(path, "CAUSAL_LM", dtype=held, revision=revision)
-        refuse_lacking(path, loaded.missing)
+        loaded = load_model(path, task_type, dtype=held, revision=revision, **options)
+        heads = TASK_HEADS.get(task_type, ())
+        refuse_lacking(path, [n for n in loaded.missing if n.split(".")[0] not in heads])
         return loaded.model.to(where)
     from lowrank.quantised_loading import load_quantised
 
     concrete = loaded_dtype(path, dtype, device, revision)
-    return load_quantised(path, "CAUSAL_LM", quantisation, concrete, where, revision)
+    return load_quantised(path, task_type, quantisation, concrete, where, revision)
 
 
 def named_quantisation(adapter: str, base: str) -> Quantisation | None:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=whole(1), default=3, metavar="N", help="rows shown (3)")
     parser.add_argument("--skip", type=whole(0), default=0, metavar="N", help="rows before (0)")
     parser.add_argument("--json", action="store_true", help="the rows shown as JSON")
-    add_flags(parser, ("model", "data"))
+    add_flags(parser, ("model", "data", "train"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,21 +40,17 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.model_folder import load_config
     from lowrank.report.rows import LEGEND, row_view
     from lowrank.report.text import fact_table, show
-    from lowrank.train.encode import encode, segments
+    from lowrank.train.encode import segments
     from lowrank.train.rows import as_rows
+    from lowrank.train.tasks import TASKS
 
     data, path = settings.data, model_path(settings.model.path or "")
     tokenizer = open_tokenizer(path, settings.model.revision)
     length = context_length(load_config(path, settings.model.revision), data.max_length)
     found = open_read(data.train or [], "train", **data.reading)
     named = [pair for row in found.rows[: data.limit] for pair in as_rows(row)]
-    encoded = encode(
-        [row for _, row in named],
-        tokenizer,
-        max_length=length,
-        loss_on=data.loss_on,
-        chat_template=data.chat_template,
-    )
+    task = TASKS[settings.train.task]
+    encoded = task.prepare([row for _, row in named], tokenizer, settings, max_length=length)
     names = {id(row): name for name, row in named}
     shown: list[dict[str, Any]] = []
     chosen = slice(args.skip, args.skip + args.rows)

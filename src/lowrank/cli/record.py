@@ -22,6 +22,7 @@ from lowrank.report.html import write_report
 from lowrank.report.rows import LEGEND, row_view
 from lowrank.report.words import amount
 from lowrank.train.encode import segments
+from lowrank.train.metrics import METRICS
 from lowrank.train.packing import pack
 from lowrank.train.rows import ReadData
 from lowrank.train.shapes import SHAPES
@@ -106,8 +107,8 @@ def write(
         },
         "seconds": seconds,
         "training": training,
-        "before": result.before,
-        "after": result.after,
+        "before": result.before and result.before.record,
+        "after": result.after and result.after.record,
         "skill_before": result.skill_before,
         "skill_after": result.skill_after,
         "file_bytes": weights_bytes(folder),
@@ -206,16 +207,15 @@ def _metrics(result: Result, lora: bool) -> Iterator[Metric]:
 
     before, after = result.before, result.after
     if before and after:
-        if after.exact_match is not None:
-            rows = f"greedy answers to {after.answered} evaluation rows"
+        for name, value in after.scores.items():
+            kind = METRICS[name]
             yield metric(
-                "exact match", before.exact_match, after.exact_match, format=".1%", note=rows
-            )
-            yield metric("ROUGE-L", before.rouge_l, after.rouge_l, note=rows)
-        rows = f"{after.tokens} tokens of {after.rows} evaluation rows"
-        for name in ("loss", "perplexity"):
-            yield metric(
-                name, getattr(before, name), getattr(after, name), higher_is_better=False, note=rows
+                kind.title,
+                before.scores.get(name),
+                value,
+                format=kind.format,
+                higher_is_better=kind.higher_is_better,
+                note=after.over(name),
             )
     if result.skill_before is not None:
         yield metric(

@@ -12,6 +12,7 @@ from lowrank.config import LoraConfig
 from lowrank.errors import LowrankError, did_you_mean, listed
 from lowrank.train.settings import READING as READING_NAMES
 from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings
+from lowrank.train.tasks import TASKS
 
 
 class SettingsError(LowrankError, ValueError):
@@ -53,13 +54,10 @@ SECTIONS: dict[str, type] = {
 }
 # how rows are read: `evaluate` and `preview` have these too
 READING = tuple(f"data.{name}" for name in READING_NAMES)
+# settings that stand at the top of a YAML file too
+AT_THE_TOP = {"task": "train.task"}
 # where a run's start differs from LoraConfig's defaults: adapters on all linear layers
-LORA_DEFAULTS = {
-    "r": 16,
-    "lora_alpha": 32,
-    "target_modules": "all-linear",
-    "task_type": "CAUSAL_LM",
-}
+LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # fields that the run fills in
 LORA_OURS = (
     "peft_type",
@@ -263,23 +261,26 @@ def _gathered(values: Mapping[str, Any], origin: dict[str, str]) -> RunSettings:
         section, leaf = name.split(".", 1)
         by_section[section][leaf] = value
     made = {s: cls(**by_section[s]) for s, cls in SECTIONS.items() if s != "lora"}
-    lora = {**by_section["lora"], "task_type": LORA_DEFAULTS["task_type"]}
+    lora = {**by_section["lora"], "task_type": TASKS[made["train"].task].task_type}
     return RunSettings(**made, lora=lora, origin=origin)
 
 
 def _from_file(path: Path, known: Mapping[str, Setting], problems: list[str]) -> list[tuple]:
     """(name, value, "file:line") of a YAML file; what is unknown goes to `problems`."""
-    given, unknown = [], set()
+    given: list[tuple] = []
+    unknown = set()
     try:
         entries = read_yaml(path)
     except Wrong as wrong:
         raise SettingsError(str(wrong)) from None
     for section, leaf, value, where in entries:
-        if section not in SECTIONS:
+        if leaf is None and section in AT_THE_TOP:
+            given.append((AT_THE_TOP[section], value, where))
+        elif section not in SECTIONS:
             if section in unknown:
                 continue  # once, not for each of its keys
             unknown.add(section)
-            hint = _suggestion(section, known) or did_you_mean(section, SECTIONS)
+            hint = _suggestion(section, known) or did_you_mean(section, (*SECTIONS, *AT_THE_TOP))
             problems.append(f"{where}: unknown section {section!r}.{hint}")
         elif leaf is None:
             problems.append(f"{where}: section {section!r} should hold settings, found {value!r}.")
@@ -289,6 +290,12 @@ def _from_file(path: Path, known: Mapping[str, Setting], problems: list[str]) ->
             )
         else:
             given.append((f"{section}.{leaf}", value, where))
+    first = {name: where for name, _, where in reversed(given)}
+    problems += [
+        f"{where}: {name} was set at {first[name]}"
+        for name, _, where in given
+        if first[name] != where
+    ]
     return given
 
 

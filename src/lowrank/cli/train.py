@@ -72,7 +72,7 @@ def resume_from(settings: RunSettings, folder: Path) -> Path | None:
     if resume is False:
         return None
     if resume is True:
-        from lowrank.train.sft import newest_checkpoint
+        from lowrank.train.trainer import newest_checkpoint
 
         return newest_checkpoint(folder)
     if not (Path(resume) / "trainer_state.json").is_file():

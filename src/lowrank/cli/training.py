@@ -1,7 +1,6 @@
 """A training run from settings: read, load, measure, adapt, train, save, measure again."""
 
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +18,16 @@ from lowrank.cli.opening import (
     open_tokenizer,
 )
 from lowrank.cli.quantising import wanted
-from lowrank.cli.settings import RunSettings
+from lowrank.cli.settings import RunSettings, SettingsError
 from lowrank.model_folder import load_config
 from lowrank.model_size import held_bytes
 from lowrank.quantisation import Quantisation
 from lowrank.train.callbacks import Screen
 from lowrank.train.encode import Encoded, encode, pad_id
-from lowrank.train.evaluate import Evaluation, evaluate, mean_loss
-from lowrank.train.rows import DataError, ReadData, supervised
-from lowrank.train.sft import Training, count_trainable, train_sft
+from lowrank.train.evaluate import Evaluation, mean_loss
+from lowrank.train.rows import DataError, ReadData, rows_of, supervised
+from lowrank.train.tasks import TASKS
+from lowrank.train.trainer import Training, count_trainable
 
 # what a run writes: --overwrite removes these, and nothing else that is in the folder
 WRITTEN = (
@@ -65,6 +65,8 @@ class Result(NamedTuple):
 def open_data(settings: RunSettings) -> Data:
     """Tokenizer and rows; bad rows end the run before a weight is read."""
     data, path = settings.data, model_path(settings.model.path or "")
+    task = TASKS[settings.train.task]
+    check_skill(settings)
     tokenizer = open_tokenizer(path, settings.model.revision)
     length = context_length(load_config(path, settings.model.revision), data.max_length)
     found, eval_found, skill_found = _all_read(
@@ -72,23 +74,32 @@ def open_data(settings: RunSettings) -> Data:
         (data.eval or [], "test", data.reading),
         (data.base_skill or [], "test", {}),
     )
-    rows, eval_rows, skill = map(supervised, (found, eval_found, skill_found))
+    rows, eval_rows = (rows_of(task, read) for read in (found, eval_found))
+    skill = supervised(skill_found)
     if data.eval is None and data.eval_split is not None:
         rows, eval_rows = held_out(rows, data.eval_split, settings.train.seed)
-    read = partial(
-        encode,
-        tokenizer=tokenizer,
-        max_length=length,
-        loss_on=data.loss_on,
-        chat_template=data.chat_template,
-    )
+    train = task.prepare(rows[: data.limit], tokenizer, settings, max_length=length)
     return Data(
         tokenizer,
-        read(rows[: data.limit]),
-        read(eval_rows) if eval_rows else None,
-        read(skill) if skill else None,
+        train,
+        task.prepare(eval_rows, tokenizer, settings, max_length=length, like=train)
+        if eval_rows
+        else None,
+        encode(skill, tokenizer, max_length=length, chat_template=data.chat_template)
+        if skill
+        else None,
         found,
     )
+
+
+def check_skill(settings: RunSettings) -> None:
+    """data.base_skill is the loss of a causal language model on text."""
+    task = TASKS[settings.train.task]
+    if settings.data.base_skill and task.task_type != "CAUSAL_LM":
+        raise SettingsError(
+            f"data.base_skill is measured on what a model says, and train.task {task.name} trains "
+            "one that says nothing. Leave it out."
+        )
 
 
 def _all_read(*wanted: tuple[list[str] | str, str, dict[str, Any]]) -> list[ReadData]:
@@ -106,7 +117,7 @@ def _all_read(*wanted: tuple[list[str] | str, str, dict[str, Any]]) -> list[Read
 
 def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | None) -> Result:
     """Load, measure, adapt, train, save, measure again."""
-    quantisation = wanted(settings)
+    quantisation, task = wanted(settings), TASKS[settings.train.task]
     path = model_path(settings.model.path or "")
     model: Any = open_base(
         path,
@@ -114,6 +125,8 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         device=settings.model.device,
         revision=settings.model.revision,
         quantisation=quantisation,
+        task_type=task.task_type,
+        **data.train.model_options,
     )
     base_bytes = held_bytes(model)
     before, skill_before = measure(model, settings, data)
@@ -127,14 +140,13 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
     trainable, total = count_trainable(model), count_parameters(model)[1]
     print(f" {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})\n")
     clear(folder, keep_checkpoints=checkpoint is not None)
-    training = train_sft(
+    training = task.train(
         model,
         data.tokenizer,
         data.train,
         data.eval,
         folder,
-        settings.train,
-        settings.eval,
+        settings,
         resume_from=checkpoint,
         callbacks=[Screen()],
     )
@@ -159,15 +171,7 @@ def measure(
     """On the evaluation rows, and the loss on the base's own skill."""
     found = skill = None
     if data.eval:
-        found = evaluate(
-            model,
-            data.tokenizer,
-            data.eval,
-            batch_size=settings.eval.batch_size,
-            generate=settings.eval.generate,
-            max_new_tokens=settings.eval.max_new_tokens,
-            chat_template=settings.data.chat_template,
-        )
+        found = TASKS[settings.train.task].evaluate(model, data.tokenizer, data.eval, settings)
     if data.skill:
         pad = pad_id(data.tokenizer)
         skill, _ = mean_loss(model, data.skill.examples, pad, settings.eval.batch_size)

@@ -84,7 +84,8 @@ def check_value(value: Any, annotation: Any) -> Any:
     )
     for bound in bounds:
         if found is not None and not bound.holds(found):
-            raise Wrong(f"should be {bound.words}, found {found}")
+            hint = bound.hint(found)
+            raise Wrong(f"should be {bound.words}, found {found}" + (hint and f".{hint}"))
     return found
 
 

@@ -32,7 +32,6 @@ class Loss:
 
     def __init__(self, evaluation: Encoded | None):
         self.tokens_a_row = evaluation.supervised / len(evaluation.rows) if evaluation else 1.0
-        self.step_losses: list[Tensor] = []  # of the optimiser step under way
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         total = summed_loss(outputs.logits, labels)
@@ -40,7 +39,6 @@ class Loss:
             return total / (labels.shape[0] * self.tokens_a_row)
         count = num_items_in_batch
         loss = total / ((labels[:, 1:] != IGNORE).sum() if count is None else count)
-        self.step_losses.append(loss.detach())
         auxiliary = getattr(outputs, "aux_loss", None)  # of a mixture of experts' router
         return loss if auxiliary is None else loss + auxiliary
 
@@ -48,8 +46,8 @@ class Loss:
 class Watch(TrainerCallback):
     """Stops before the optimiser takes in a loss that is not finite, and measures the time."""
 
-    def __init__(self, loss: Loss):
-        self.loss = loss
+    def __init__(self, losses: list[Tensor]):
+        self.losses = losses  # of the optimiser step under way, a batch each
         self.steps = 0
         self.train_seconds = 0.0
         self.eval_seconds = 0.0
@@ -58,8 +56,8 @@ class Watch(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        losses, self.loss.step_losses = self.loss.step_losses, []
-        value = float(torch.stack(losses).sum()) if losses else 0.0
+        value = float(torch.stack(self.losses).sum()) if self.losses else 0.0
+        self.losses.clear()
         if value - value != 0:  # NaN or ±inf
             raise DivergedError(
                 f"the loss is {value} at step {state.global_step + 1} of {state.max_steps}; training "

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Encoded:
     truncated: int  # rows cut at max_length that kept a part of their answer
     dropped: int  # rows whose whole answer lay beyond max_length
     max_length: int
+    # what the model's configuration has to say for these rows: num_labels, id2label, …
+    model_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank.train.encode import IGNORE, Encoded, pad_id, pad_right, prompt_ids
+from lowrank.train.metrics import METRICS
 from lowrank.train.render import prompt_text
 from lowrank.train.shapes import Row
 
@@ -28,14 +29,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    loss: float  # nats a supervised token, over all rows
-    perplexity: float
-    tokens: int  # supervised tokens
+    scores: dict[str, float]  # by their names in metrics.METRICS, the headline one first
     rows: int
-    answered: int  # rows that were answered greedily; 0: generation was off
-    exact_match: float | None  # share of the answered rows
-    rouge_l: float | None  # mean F1 over the answered rows
+    tokens: int  # that the loss looks at
+    answered: int  # rows that were answered; 0: the task has no answers, or generation was off
     answers: list[Answer]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As run.json has it."""
+        rest = {name: getattr(self, name) for name in ("rows", "tokens", "answered", "answers")}
+        return {**self.scores, **rest}
+
+    def over(self, name: str) -> str:
+        """What a score was taken over, in words."""
+        return METRICS[name].over.format(**self.record)
 
 
 def evaluate(
@@ -64,15 +72,22 @@ def evaluate(
         for row, text in zip(asked, texts, strict=True)
     ]
     return Evaluation(
-        loss=loss,
-        perplexity=perplexity(loss),
-        tokens=tokens,
+        scores={**answer_scores(answers), "loss": loss, "perplexity": perplexity(loss)},
         rows=len(data.rows),
+        tokens=tokens,
         answered=len(answers),
-        exact_match=_mean([float(a.exact) for a in answers]),
-        rouge_l=_mean([rouge_l(a.answer, a.expected) for a in answers]),
         answers=answers,
     )
+
+
+def answer_scores(answers: Sequence[Answer]) -> dict[str, float]:
+    """How right generated answers are; empty without any."""
+    if not answers:
+        return {}
+    return {
+        "exact_match": _mean([float(a.exact) for a in answers]),
+        "rouge_l": _mean([rouge_l(a.answer, a.expected) for a in answers]),
+    }
 
 
 def mean_loss(
@@ -214,5 +229,5 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

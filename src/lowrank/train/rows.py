@@ -25,6 +25,7 @@ from lowrank.train.shapes import (
     missing,
     shape_of,
 )
+from lowrank.train.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,31 @@ def read_rows(paths: Sequence[str | Path], **options: Any) -> list[Row]:
 
 def supervised(data: ReadData) -> list[Row]:
     """Its rows, none of which says which of two answers is better, or whether one is good."""
-    rows = [row for row in data.rows if isinstance(row, Row)]
-    if len(rows) < len(data.rows):
-        other = next(row for row in data.rows if not isinstance(row, Row))
-        names = [n for n in data.shapes if n.endswith(("preference", "rejected", "kto"))]
+    return rows_of(TASKS["sft"], data)
+
+
+def rows_of(task: Task, data: ReadData) -> list[Any]:
+    """Its rows, all of the type that `task` takes. Raises DataError if some are of another."""
+    others = [row for row in data.rows if not isinstance(row, task.takes)]
+    if others:
+        fitting = [name for name, other in TASKS.items() if isinstance(others[0], other.takes)]
         raise DataError(
-            f"{len(data.rows) - len(rows)} of {len(data.rows)} rows are for preference training "
-            f"({', '.join(names)}; the first: {other.where}), and this trains on answers.\n"
-            "Name one answer with data.columns: {chosen: completion}, or another shape with "
-            "data.shape."
+            f"{len(others)} of {len(data.rows)} rows are {PURPOSES[type(others[0])]} "
+            f"({', '.join(data.shapes)}; the first: {others[0].where}), and train.task {task.name} "
+            f"trains on {PURPOSES[task.takes]}.\n"
+            + (f"Choose task: {' or '.join(fitting)}; or name " if fitting else "Name ")
+            + "the columns it needs with data.columns, such as {chosen: completion}, or another shape "
+            "with data.shape."
         )
-    return rows
+    return data.rows
+
+
+# what rows of each type hold
+PURPOSES: dict[type, str] = {
+    Row: "answers",
+    Preference: "pairs of a better and a worse answer",
+    Judged: "answers that are judged good or bad",
+}
 
 
 def as_rows(row: Row | Preference | Judged) -> list[tuple[str, Row]]:

@@ -5,15 +5,17 @@ The texts in Annotated are what `--help` shows; a Bound is checked where setting
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from lowrank.train.optimizers import OPTIMIZERS
 from lowrank.train.shapes import SHAPES
+from lowrank.train.tasks import TASKS, meant
 
 
 class Bound(NamedTuple):
     words: str
     holds: Callable[[Any], bool]
+    hint: Callable[[Any], str] = lambda value: ""  # what a wrong value may have meant
 
 
 POSITIVE = Bound("above 0", lambda value: value > 0)
@@ -70,6 +72,11 @@ READING = ("shape", "columns", "separator", "prompt_template", "on_bad_row")
 class TrainSettings:
     """The learning rate is LoRA's: about ten times what full fine-tuning takes."""
 
+    task: Annotated[
+        str,
+        f"{', '.join(TASKS)}; in YAML also task: at the top",
+        Bound(f"one of {', '.join(TASKS)}", TASKS.__contains__, meant),
+    ] = "sft"
     method: Annotated[Literal["lora", "full"], "train an adapter, or every weight"] = "lora"
     epochs: Annotated[float, "passes over the training rows", POSITIVE] = 3.0
     max_steps: Annotated[int | None, "optimiser steps; wins over epochs", COUNT] = None
@@ -110,3 +117,14 @@ class EvalSettings:
     generate: Annotated[int, "rows answered before and after training", NOT_NEGATIVE] = 64
     max_new_tokens: Annotated[int, "tokens an answer may have", COUNT] = 64
     samples: Annotated[int, "answers shown in the report", NOT_NEGATIVE] = 5
+
+
+class Sections(Protocol):
+    """What a task is told: a run's settings, or those of `lowrank evaluate`."""
+
+    @property
+    def data(self) -> DataSettings: ...
+    @property
+    def train(self) -> TrainSettings: ...
+    @property
+    def eval(self) -> EvalSettings: ...

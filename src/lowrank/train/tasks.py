@@ -1,0 +1,81 @@
+"""What can be trained: a row for each task. Nothing heavy is imported before a task is used."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from lowrank.errors import did_you_mean
+from lowrank.train.shapes import Row
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task takes, and how it is done. `settings` is anything with .data, .train and .eval."""
+
+    name: str
+    task_type: str  # LoraConfig's, and the key of transformers' class in model_folder.TASKS
+    about: str
+    takes: type  # which rows of train/shapes.py
+    # (rows, tokenizer, settings, max_length=, like=) -> Encoded. like: the training rows, prepared, for
+    # those of evaluation; in `lowrank evaluate` None
+    prepare: Callable[..., Any]
+    # (model, tokenizer, train, evaluation or None, folder, settings, resume_from=, callbacks=) -> trainer.Training
+    train: Callable[..., Any]
+    # (model, tokenizer, data, settings) -> evaluate.Evaluation
+    evaluate: Callable[..., Any]
+
+
+def later(path: str) -> Callable[..., Any]:
+    """The function "module:name", imported when it is called."""
+    module, _, name = path.partition(":")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(f"lowrank.train.{module}"), name)(*args, **kwargs)
+
+    return call
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "sft",
+            "CAUSAL_LM",
+            "answers to prompts",
+            Row,
+            later("sft:prepare"),
+            later("sft:train"),
+            later("sft:score"),
+        ),
+        Task(
+            "text",
+            "CAUSAL_LM",
+            "continued pretraining on text",
+            Row,
+            later("text:prepare"),
+            later("sft:train"),
+            later("text:score"),
+        ),
+    )
+}
+# what other tools and LoraConfig call them: suggested, never assumed
+ELSEWHERE = {
+    "sft": ("CAUSAL_LM", "causal_lm", "clm", "instruct", "chat", "completion"),
+    "text": ("pretrain", "pretraining", "pt", "cpt", "continued-pretraining"),
+    "seq2seq": ("SEQ_2_SEQ_LM", "seq2seq_lm", "summarization", "summarisation", "translation"),
+    "sequence-classification": ("SEQ_CLS", "classification", "text-classification", "seq_cls"),
+    "token-classification": ("TOKEN_CLS", "ner", "tagging", "token_cls"),
+    "question-answering": ("QUESTION_ANS", "qa", "extractive-qa", "squad"),
+    "embedding": ("FEATURE_EXTRACTION", "embeddings", "retrieval", "sentence-embedding"),
+    "dpo": ("preference", "ipo"),
+    "kto": ("unpaired-preference",),
+    "reward": ("rm", "reward-model", "reward_model", "reward-modeling"),
+    "grpo": ("rl", "rlvr", "ppo", "rloo", "reinforcement"),
+}
+
+
+def meant(name: str) -> str:
+    """The task that another tool calls `name`, or that looks like it, in a question; empty if there is none."""
+    found = next((task for task, names in ELSEWHERE.items() if name in names), None)
+    return f" Did you mean {found!r}?" if found in TASKS else did_you_mean(name, TASKS)

@@ -1,0 +1,250 @@
+"""What every task shares of training: a Trainer of transformers or TRL, watched and measured."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.bases.kinds import count_parameters
+from lowrank.errors import LowrankError, NotTrainableError
+from lowrank.train.memory import peak_memory, start_of_peak
+from lowrank.train.optimizers import transformers_name
+from lowrank.train.settings import EvalSettings, TrainSettings
+
+
+class ResumeError(LowrankError, ValueError):
+    """There is no checkpoint to go on from."""
+
+
+class NotRecognisedError(LowrankError, RuntimeError):
+    """transformers' Trainer does not see that this model carries an adapter."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run did. `history` is what `log.jsonl` holds, a line each."""
+
+    steps: int
+    epochs: float
+    train_loss: float  # mean over the run's steps
+    history: list[dict[str, float]]
+    train_seconds: float  # without evaluations and saving
+    eval_seconds: float
+    tokens_per_second: float
+    start_bytes: int  # memory when training began: the model, its adapter, the libraries
+    peak_bytes: int  # and at its peak while it ran
+    peak_of: str  # "process": resident memory; "cuda": allocated on the device
+    trainable_params: int
+    total_params: int
+
+
+def fit(
+    model: nn.Module,
+    train: Any,
+    evaluation: Any | None,
+    output_dir: str | Path,
+    settings: TrainSettings,
+    eval_settings: EvalSettings | None = None,
+    *,
+    tokens: int,
+    trainer_class: type | None = None,
+    arguments_class: type | None = None,
+    arguments: dict[str, Any] | None = None,
+    resume_from: str | Path | None = None,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> Training:
+    """Train what is trainable in `model`, in place, with a Trainer of `trainer_class`.
+
+    train, evaluation: what the Trainer takes as datasets. tokens: in all of `train`, for the pace.
+    trainer_class: transformers' Trainer, or a subclass, as TRL's are; arguments_class: of its TrainingArguments;
+    arguments: for it, over those of `settings`; options: the Trainer's own (data_collator, …).
+    Writes `checkpoint-N/` and `log.jsonl` into `output_dir`; saving the result is the caller's.
+    Raises NotTrainableError and NotRecognisedError before the first step; DivergedError at a step whose
+    loss is not finite, with the weights as they were before that step.
+    """
+    trainable = count_trainable(model)
+    check_recognised(model)
+    from transformers import PrinterCallback, Trainer
+
+    from lowrank.train.callbacks import LogFile, Watch
+
+    output_dir = Path(output_dir)
+    losses: list[Tensor] = []
+    watch = Watch(losses)
+    log = LogFile(output_dir / "log.jsonl", append=resume_from is not None)
+    trainer = _watched(trainer_class or Trainer, losses)(
+        model=model,
+        args=training_arguments(
+            settings,
+            eval_settings,
+            output_dir,
+            evaluation is not None,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            cls=arguments_class,
+            **(arguments or {}),
+        ),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        callbacks=[watch, log, *callbacks],
+        **options,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if settings.loraplus_lr_ratio is not None:
+        trainer.optimizer = _loraplus(model, trainer, settings)
+    start_bytes = start_of_peak()
+    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    rows_seen = watch.steps * settings.batch_size * settings.gradient_accumulation_steps
+    tokens_seen = rows_seen * tokens / len(train)
+    peak_bytes, peak_of = peak_memory()
+    return Training(
+        steps=trainer.state.global_step,
+        epochs=trainer.state.epoch or 0.0,
+        train_loss=result.training_loss,
+        history=log.lines,
+        train_seconds=watch.train_seconds,
+        eval_seconds=watch.eval_seconds,
+        tokens_per_second=tokens_seen / max(watch.train_seconds, 1e-9),
+        start_bytes=start_bytes,
+        peak_bytes=peak_bytes,
+        peak_of=peak_of,
+        trainable_params=trainable,
+        total_params=count_parameters(model)[1],
+    )
+
+
+def training_arguments(
+    settings: TrainSettings,
+    eval_settings: EvalSettings | None,
+    output_dir: Path,
+    evaluate: bool,
+    use_cpu: bool,
+    cls: Any = None,
+    **more: Any,
+) -> Any:
+    """transformers' TrainingArguments, or a subclass of them, for our settings; `more` goes over these."""
+    from transformers import TrainingArguments
+
+    cls = cls or TrainingArguments
+    names = {f.name for f in dataclasses.fields(cls)}
+    # the old name warns where the new one exists; drop it when transformers >= 6
+    recompute = (
+        "activation_checkpointing"
+        if "activation_checkpointing" in names
+        else "gradient_checkpointing"
+    )
+    given: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "optim": transformers_name(settings.optimizer),
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_ratio,  # below 1 it is a share of the steps
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": (eval_settings or EvalSettings()).batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "train_sampling_strategy": "group_by_length" if settings.group_by_length else "random",
+        "seed": settings.seed,
+        "eval_strategy": _strategy(settings.eval_steps) if evaluate else "no",
+        "eval_steps": settings.eval_steps,
+        "save_strategy": _strategy(settings.save_steps),
+        "save_steps": settings.save_steps or 500,
+        "save_total_limit": settings.save_total_limit,
+        "logging_steps": settings.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would put an older loss in place of NaN
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,
+        "use_cpu": use_cpu,
+        "report_to": [],
+    }
+    if recompute in names:  # always named: TRL's configurations have it on
+        given[recompute] = settings.gradient_checkpointing
+    return cls(**(given | more))
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Trainable parameters; raises NotTrainableError if there is none."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if count == 0:
+        raise NotTrainableError(
+            "nothing is trainable in this model: all its parameters are frozen.\n"
+            "An adapter loads frozen, for inference; to train it on, load it with "
+            "PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    return count
+
+
+def check_recognised(model: nn.Module) -> None:
+    """The Trainer writes whole models, and reports no eval loss, for an adapter it does not know."""
+    if not hasattr(model, "peft_config"):
+        return
+    from transformers.trainer_utils import _is_peft_model
+
+    if not _is_peft_model(model):
+        raise NotRecognisedError(
+            f"transformers' Trainer does not recognise {type(model).__module__}."
+            f"{type(model).__name__} as an adapted model, and would save whole models.\n"
+            "Call lowrank.compat.install(override=True) before importing transformers, or train "
+            "inside `with lowrank.compat.standing_in():`."
+        )
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path:
+    """The `checkpoint-N` of the largest N that was written to its end."""
+    found = sorted(
+        (
+            path
+            for path in Path(output_dir).glob("checkpoint-*")
+            if path.name.split("-")[1].isdigit() and (path / "trainer_state.json").is_file()
+        ),
+        key=lambda path: int(path.name.split("-")[1]),
+    )
+    if not found:
+        raise ResumeError(
+            f"no checkpoint in {output_dir}: nothing to resume.\n"
+            "Start afresh without resume, or name the checkpoint's folder."
+        )
+    return found[-1]
+
+
+def _watched(cls: Any, losses: list[Tensor]) -> Any:
+    """`cls`, which puts the loss of each batch into `losses`, whoever computes it."""
+
+    class Watched(cls):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().training_step(*args, **kwargs)
+            losses.append(loss.detach())
+            return loss
+
+    Watched.__name__ = cls.__name__
+    return Watched
+
+
+def _loraplus(model: nn.Module, trainer: Any, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The Trainer's own optimiser, with LoRA+'s rates."""
+    from lowrank.train.loraplus import create_loraplus_optimizer
+
+    assert settings.loraplus_lr_ratio is not None
+    cls, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    return create_loraplus_optimizer(
+        model,
+        cls,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
+        loraplus_weight_decay=settings.weight_decay,
+        **options,
+    )
+
+
+def _strategy(steps: int | None) -> str:
+    return "epoch" if steps is None else "steps"
