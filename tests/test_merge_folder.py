@@ -341,7 +341,7 @@ def test_shards_stay_as_the_base_has_them(tmp_path):
 
 def test_rows_in_blocks(tmp_path, monkeypatch):
     """Blocks that do not divide the rows, in several workers, for every way that a weight is held."""
-    monkeypatch.setattr("lowrank.merge_blocks._CACHE", 1200)
+    monkeypatch.setattr("lowrank.merge_blocks._BLOCK", 1200)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for name, fields in (("lora", {}), ("dora", {"use_dora": True})):
         base = write_base(tiny.gpt2(), tmp_path / name / "base", tokenizer=False)
@@ -364,7 +364,7 @@ def test_rows_in_blocks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("in_place", [True, False])
 def test_bfloat16_in_blocks(tmp_path, monkeypatch, in_place):
     """The nearest value in bfloat16, whichever way the sum is taken; transposed weights too."""
-    monkeypatch.setattr("lowrank.merge_blocks._CACHE", 500)
+    monkeypatch.setattr("lowrank.merge_blocks._BLOCK", 500)
     monkeypatch.setattr("lowrank.merge_blocks.adds_bfloat16", lambda: in_place)
     base = write_base(tiny.gpt2(), tmp_path / "base", torch.bfloat16, tokenizer=False)
     adapter = write_adapter_for(

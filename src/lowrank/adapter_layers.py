@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank.adapter_file import Adapter
 from lowrank.bare_parameters import LORA_KEY, PREFIX, Bare, bare_parameters
 from lowrank.bases.kinds import EXPERTS
-from lowrank.lora import Lora
+from lowrank.lora import Lora, all_finite
 from lowrank.path_patterns import pattern_value
 from lowrank.start_factors import as_plain_lora
 
@@ -96,7 +96,7 @@ def read_layers(adapter: Adapter, bare: Mapping[str, Bare] | None = None) -> Rea
                 f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, its configuration rank {told}."
             )
             continue
-        if not (A.isfinite().all() and B.isfinite().all()):
+        if not (all_finite(A) and all_finite(B)):
             problems.append(f"{path} is not finite.")
             continue
         alpha = own.alpha if own else pattern_value(config.alpha_pattern, path, config.lora_alpha)

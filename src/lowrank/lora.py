@@ -168,6 +168,11 @@ def initial_magnitude(W: Tensor, lora: Lora) -> Tensor:
     return torch.linalg.vector_norm(W.to(_accumulation_dtype(W)) + delta_weight(lora), dim=-1)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, in one pass: only a sum that is not finite has each looked at."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def check_shapes(W_shape: torch.Size, lora: Lora) -> None:
     """Raises ShapeError unless A is (*expert, r, in) and B is (*expert, out, r) for W (*expert, out, in)."""
     *expert, out, in_ = W_shape

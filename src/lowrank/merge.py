@@ -16,6 +16,7 @@ from lowrank.adapter_file import Adapter
 from lowrank.errors import MergeError
 from lowrank.expected import Change, changes, loss, transposed_weights
 from lowrank.log import logger
+from lowrank.lora import all_finite
 from lowrank.merge_files import Rounding, one_thread_each, write_files
 from lowrank.merge_plan import MergePlan, NeedsModel, merge_plan
 from lowrank.model_folder import (
@@ -385,7 +386,7 @@ def _cast(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         if not tensor.is_floating_point():
             continue
         rounded = tensor.data.to(dtypes.get(name, tensor.dtype))
-        if not _finite(rounded):
+        if not all_finite(rounded):
             lost.append(f"{name} (largest value {tensor.data.abs().max():.3g}, {rounded.dtype})")
         tensor.data = rounded
     if lost:
@@ -394,7 +395,3 @@ def _cast(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
             + "\n  ".join(lost[:10])
             + "\nIf the dtype is too narrow for them, merge in float32: --dtype float32."
         )
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())

@@ -1,7 +1,7 @@
 """The rows of a merged matrix, block by block: read, summed in float32, rounded.
 
-A block is as many rows as a core's cache holds, and a worker has one, so that the memory a merge needs is the
-adapter's and a few megabytes.
+A worker has one block at a time, small enough to stay in the processor's cache, so that the memory a merge needs is
+the adapter's and a few megabytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowrank.quantised_files import DequantisedEntry
 from lowrank.rounding import rounded_for_inputs
 from lowrank.tensor_files import DTYPES, Entry, mapped, memory, read_bytes
 
-_CACHE = 1 << 21  # bytes of a block, and of its sums
+_BLOCK = 1 << 22  # bytes of a block, and of its sums
 _WINDOW = 1 << 22  # entries that are mapped at a time
 _MEASURED_BLOCKS = 4  # of a large tensor, or a few more
 
@@ -58,7 +58,7 @@ def blocks(
     # one more precision than what is written, so that the sum is rounded once
     wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
     height, width = _matrix(part.shape)
-    rows = max(1, _CACHE // ((wide.itemsize + dtype.itemsize) * width))
+    rows = max(1, _BLOCK // ((wide.itemsize + dtype.itemsize) * width))
     C = part.covariance
     if C is not None:
         rows *= 64  # columns are gone through one by one
@@ -105,7 +105,7 @@ def _added_in_place(
         A, B = B.T, A.T
     A, B = bfloat16_factors(A, B)
     height, width = _matrix(part.shape)
-    rows = min(height, max(1, _CACHE // (2 * width)))
+    rows = min(height, max(1, _BLOCK // (2 * width)))
     buffer = _buffer(scratch, torch.bfloat16, "out", rows * width)
     for first in range(0, height, rows):
         count = min(rows, height - first)
@@ -180,6 +180,6 @@ def _buffer(scratch: threading.local, dtype: torch.dtype, use: str, numbers: int
     name = f"{use} {dtype}"
     held = getattr(scratch, name, None)
     if held is None or held.numel() < numbers:
-        held = torch.empty(max(numbers, _CACHE // 2), dtype=dtype)
+        held = torch.empty(max(numbers, _BLOCK // 2), dtype=dtype)
         setattr(scratch, name, held)
     return held

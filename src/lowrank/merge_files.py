@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import MergeError
-from lowrank.lora import delta_norm
+from lowrank.lora import all_finite, delta_norm
 from lowrank.merge_blocks import blocks
 from lowrank.merge_plan import MergePlan, Part
 from lowrank.tensor_files import (
@@ -113,7 +113,7 @@ class _Job:
         share = 1.0 if C is not None else min(1.0, _MEASURED / max(1, total))
         noise = change = measured = largest = noise_out = change_out = 0.0
         for rounded, exact, before in blocks(part, sources, scratch, share, self.for_inputs):
-            if not rounded.sum().isfinite() and not rounded.isfinite().all():
+            if not all_finite(rounded):
                 largest = max(largest, rounded.abs().max().item()) or math.nan
             write_bytes(self.file, memory(rounded), at)
             at += rounded.numel() * rounded.element_size()

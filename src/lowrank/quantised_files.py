@@ -151,9 +151,10 @@ def packed_entries(stored: Mapping[str, Entry], dtype: torch.dtype) -> dict[str,
     """
     found: dict[str, AnyEntry] = {}
     parts: set[str] = set()
+    states = {key.partition(_STATE)[0]: key for key in stored if _STATE in key}
     for name, entry in stored.items():
         rows = stored.get(f"{name.removesuffix('weight')}SCB")
-        state = next((key for key in stored if key.startswith(name + _STATE)), None)
+        state = states.get(name)
         if name.endswith("weight") and rows is not None and entry.dtype == "I8":
             found[name] = _packed_int8(entry, rows, NAMES[dtype])
             parts |= {rows.name, f"{name}_format"}
