@@ -15,7 +15,12 @@ from lowrank.train.evaluate import mean_loss
 from lowrank.train.rows import Row
 from lowrank.train.settings import EvalSettings, TrainSettings
 from lowrank.train.sft import train_sft
-from lowrank.train.trainer import NotRecognisedError, ResumeError, newest_checkpoint
+from lowrank.train.trainer import (
+    NotRecognisedError,
+    ResumeError,
+    newest_checkpoint,
+    training_arguments,
+)
 
 ROWS = [
     Row(pair["prompt"], pair["completion"] * (1 + i % 3), f"f:{i}")
@@ -265,3 +270,14 @@ def test_loraplus_learns_b_faster(tokenizer, data, tmp_path):
     # AdamW's first step moves every entry by its rate
     for name, distance in moved.items():
         assert distance == pytest.approx(4e-2 if "lora_B" in name else 1e-2, rel=1e-2), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "warmup"),
+    [({}, 0.03), ({"warmup_steps": 7, "warmup_ratio": 0.5}, 7), ({"warmup_steps": 0}, 0)],
+)
+def test_warmup_in_steps_wins_and_a_constant_rate_has_it_too(settings, warmup, tmp_path):
+    given = TrainSettings(lr_scheduler_type="constant", **settings)
+    made = training_arguments(given, None, tmp_path, evaluate=False, use_cpu=True)
+    assert made.warmup_steps == warmup
+    assert made.lr_scheduler_type == "constant_with_warmup"

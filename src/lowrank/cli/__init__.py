@@ -27,6 +27,7 @@ from lowrank.errors import LowrankError, did_you_mean
 COMMANDS = {
     "quickstart": "the whole job on the embedded model: no arguments, no network",
     "plan": "what would be adapted: targets, parameters, bytes; no weights read",
+    "import": "translate a configuration of Axolotl, LLaMA-Factory, TRL, mlx-lm",
     "preview": "rows as the model will read them, with what is learnt in colour",
     "train": "train an adapter from a YAML file, from flags, or from both",
     "evaluate": "loss, perplexity, exact match of a base, adapter or merged model",
@@ -39,6 +40,8 @@ COMMANDS = {
     "extract": "make an adapter of the difference of two full checkpoints",
     "convert": "write an adapter in another program's format; no model is read",
 }
+
+MODULES = {"import": "import_"}  # a word of Python's own cannot name a module
 
 # what these say as they are imported (kernels that are not for this machine) is nothing to act on
 TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _call(name: str, words: list[str]) -> int:
-    command = importlib.import_module(f"lowrank.cli.{name}")
+    command = importlib.import_module(f"lowrank.cli.{MODULES.get(name, name)}")
     parser = argparse.ArgumentParser(
         prog=f"lowrank {name}",
         description=command.__doc__,

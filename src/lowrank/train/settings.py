@@ -93,6 +93,9 @@ class TrainSettings:
         Literal["cosine", "linear", "constant"], "the rate after warmup"
     ] = "cosine"
     warmup_ratio: Annotated[float, "share of the steps in which the rate rises", SHARE] = 0.03
+    warmup_steps: Annotated[
+        int | None, "steps in which the rate rises; wins over warmup_ratio", NOT_NEGATIVE
+    ] = None
     batch_size: Annotated[int, "rows in one batch", COUNT] = 8
     gradient_accumulation_steps: Annotated[int, "batches summed into one optimiser step", COUNT] = 1
     weight_decay: Annotated[float, "of the optimiser", NOT_NEGATIVE] = 0.0

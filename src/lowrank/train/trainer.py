@@ -15,6 +15,9 @@ from lowrank.train.memory import peak_memory, start_of_peak
 from lowrank.train.optimizers import transformers_name
 from lowrank.train.settings import EvalSettings, TrainSettings
 
+# transformers' "constant" has no warmup, whatever is set beside it
+SCHEDULES = {"constant": "constant_with_warmup"}
+
 
 class ResumeError(LowrankError, ValueError):
     """There is no checkpoint to go on from."""
@@ -143,8 +146,11 @@ def training_arguments(
         "max_steps": settings.max_steps or -1,
         "optim": transformers_name(settings.optimizer),
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler_type,
-        "warmup_steps": settings.warmup_ratio,  # below 1 it is a share of the steps
+        "lr_scheduler_type": SCHEDULES.get(settings.lr_scheduler_type, settings.lr_scheduler_type),
+        # below 1 it is a share of the steps
+        "warmup_steps": settings.warmup_ratio
+        if settings.warmup_steps is None
+        else settings.warmup_steps,
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": (eval_settings or EvalSettings()).batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
