@@ -32,8 +32,8 @@ def llama(tied=False, vocab=93, layers=2, dtype=torch.float64, seed=0, **options
     return _built(transformers.LlamaForCausalLM, config, dtype, seed)
 
 
-def llama_classifier(dtype=torch.float64, seed=0):
-    config = llama(dtype=dtype, num_labels=3).config
+def llama_classifier(dtype=torch.float64, seed=0, **options):
+    config = llama(dtype=dtype, **{"num_labels": 3, **options}).config
     return _built(transformers.LlamaForSequenceClassification, config, dtype, seed)
 
 

@@ -54,27 +54,11 @@ def encode(
     of the end-of-sequence token that closes the last, whatever ids they have. Raises DataError where
     the chat template cannot take a row, and if no row keeps a part of its answer.
     """
-    if tokenizer.eos_token_id is None:
-        warnings.warn(
-            "this tokenizer has no end token: where an answer ends is not learnt, unless the chat "
-            "template closes it. Set the tokenizer's eos_token.",
-            LowrankWarning,
-            stacklevel=2,
-        )
-    problems, texts, good = Problems(), [], []
-    for row in rows:
-        try:
-            texts.append(rendered(row, tokenizer, loss_on, chat_template))
-            good.append(row)
-        except BadRow as bad:
-            problems.add(row.where, str(bad))
-    if problems.found:
-        raise DataError(problems.report(len(good)))
     examples, kept, truncated = [], [], 0
-    for row, (ids, learnt) in zip(good, _tokens(texts, tokenizer), strict=True):
-        labels = [token if yes else IGNORE for token, yes in zip(ids, learnt, strict=True)]
-        # the first token is never predicted: without a token after it nothing is learnt
-        if all(label == IGNORE for label in labels[1:max_length]):
+    for row, (ids, labels) in zip(
+        rows, labelled(rows, tokenizer, loss_on, chat_template), strict=True
+    ):
+        if not teaches(labels[:max_length]):
             continue
         truncated += len(ids) > max_length
         examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
@@ -94,6 +78,40 @@ def encode(
         dropped=len(rows) - len(examples),
         max_length=max_length,
     )
+
+
+def labelled(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    loss_on: LossOn = "completion",
+    chat_template: bool = True,
+) -> list[tuple[list[int], list[int]]]:
+    """For each of `rows` its token ids and labels, of whatever length, as `encode` describes them."""
+    if tokenizer.eos_token_id is None:
+        warnings.warn(
+            "this tokenizer has no end token: where an answer ends is not learnt, unless the chat "
+            "template closes it. Set the tokenizer's eos_token.",
+            LowrankWarning,
+            stacklevel=3,
+        )
+    problems, texts, good = Problems(), [], []
+    for row in rows:
+        try:
+            texts.append(rendered(row, tokenizer, loss_on, chat_template))
+            good.append(row)
+        except BadRow as bad:
+            problems.add(row.where, str(bad))
+    if problems.found:
+        raise DataError(problems.report(len(good)))
+    return [
+        (ids, [token if yes else IGNORE for token, yes in zip(ids, learnt, strict=True)])
+        for ids, learnt in _tokens(texts, tokenizer)
+    ]
+
+
+def teaches(labels: Sequence[int]) -> bool:
+    """Whether something is learnt: the first token is never predicted."""
+    return any(label != IGNORE for label in labels[1:])
 
 
 def prompt_ids(texts: Sequence[str], tokenizer: Any, templated: bool) -> list[list[int]]:

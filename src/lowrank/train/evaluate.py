@@ -96,10 +96,10 @@ def mean_loss(
     """Nats a supervised token over all `examples` together, and how many tokens that is."""
     # neighbours of like length: less padding, the same sum
     ordered = sorted(examples, key=lambda e: len(e["input_ids"]))
-    collate, device = pad_right(pad), _device(model)
+    collate, device = pad_right(pad), device_of(model)
     total, tokens = 0.0, 0
-    with _evaluating(model):
-        for batch in _batches(ordered, batch_size):
+    with evaluating(model):
+        for batch in batches(ordered, batch_size):
             inputs = {name: tensor.to(device) for name, tensor in collate(list(batch)).items()}
             labels = inputs.pop("labels")
             total += summed_loss(model(**inputs).logits, labels).item()
@@ -137,7 +137,7 @@ def answer_rows(
     prompts = prompt_ids(texts, tokenizer, templated)
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    for batch in _batches(order, batch_size):
+    for batch in batches(order, batch_size):
         texts = generate_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
         for i, text in zip(batch, texts, strict=True):
             answers[i] = text
@@ -151,13 +151,13 @@ def generate_batch(
 
     The prompts stand at the right of one batch, so that each new token follows its own prompt.
     """
-    pad, width, device = pad_id(tokenizer), max(map(len, prompts)), _device(model)
+    pad, width, device = pad_id(tokenizer), max(map(len, prompts)), device_of(model)
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)
     for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :] = torch.tensor(prompt)
         mask[i, width - len(prompt) :] = 1
-    with _evaluating(model):
+    with evaluating(model):
         out = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -209,7 +209,7 @@ def asked_text(row: Row) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off and no graph; the training mode comes back whatever happens inside."""
     training = model.training
     model.eval()
@@ -220,11 +220,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
