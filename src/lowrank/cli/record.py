@@ -25,7 +25,9 @@ from lowrank.train.encode import segments
 from lowrank.train.metrics import METRICS
 from lowrank.train.packing import pack
 from lowrank.train.rows import ReadData
+from lowrank.train.settings import OF_TASKS
 from lowrank.train.shapes import SHAPES
+from lowrank.train.tasks import TASKS
 
 REPORT = Path("reports/report.html")
 PACKAGES = ("lowrank", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
@@ -41,6 +43,8 @@ def settings_table(settings: RunSettings, folder: Path) -> RenderableType:
     for name, value, origin in settings.listing():
         section, leaf = name.split(".", 1)
         if section == "lora" and settings.train.method == "full":
+            continue
+        if section == "train" and settings.train.task not in OF_TASKS.get(leaf, TASKS):
             continue
         if name == "output.dir":
             value = str(folder)
@@ -69,9 +73,12 @@ def data_lines(data: Data, settings: RunSettings) -> RenderableType:
         table.add_row("packed", f"into {count} rows, {full:.0%} full")
     table.add_row("shape", found_words(data.found))
     limit = f" up to {data.train.max_length} tokens a row, prompts {template}"
-    parts = segments(data.train.examples[0], data.tokenizer)
-    example = row_view(data.train.rows[0].where, parts, limit=500)
-    return Group("", table, limit, "", example, LEGEND, "")
+    where = data.train.rows[0].where
+    examples = [
+        row_view(f"{where}{name}", segments(example, data.tokenizer), limit=500)
+        for name, example in data.train.shown(0)
+    ]
+    return Group("", table, limit, "", *examples, LEGEND, "")
 
 
 def found_words(found: ReadData) -> str:

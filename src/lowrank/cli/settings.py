@@ -11,7 +11,7 @@ from lowrank.cli.values import FlagValue, Wrong, check_value, read_yaml
 from lowrank.config import LoraConfig
 from lowrank.errors import LowrankError, did_you_mean, listed
 from lowrank.train.settings import READING as READING_NAMES
-from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings
+from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings, misplaced
 from lowrank.train.tasks import TASKS
 
 
@@ -250,9 +250,11 @@ def resolve(
         if values[name] is None and name not in broken:
             problems.append(f"{name} is missing: {known[name].help}. Give it as --{name} X.")
     problems += _lora_problems(values)
-    if problems:
+    settings = None if problems else _gathered(values, origin)
+    problems += misplaced(settings.train) if settings else []
+    if problems or settings is None:
         raise SettingsError(listed(problems))
-    return _gathered(values, origin)
+    return settings
 
 
 def _gathered(values: Mapping[str, Any], origin: dict[str, str]) -> RunSettings:

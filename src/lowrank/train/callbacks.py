@@ -15,7 +15,15 @@ from lowrank.train.encode import IGNORE, Encoded
 from lowrank.train.evaluate import summed_loss
 
 # in log.jsonl under the Trainer's own names; what it computes beside them is left out
-LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate")
+LOGGED = (
+    *("loss", "grad_norm", "learning_rate"),
+    # TRL's, of preferences, reward models and GRPO
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "kl"),
+    *("margin", "accuracy", "reward", "reward_std", "frac_reward_zero_std", "entropy"),
+    *("completions/mean_length", "completions/clipped_ratio"),
+)
+# what of them a line on the screen shows beside the loss, and its name there
+SHOWN = {"rewards/margins": "margin", "margin": "margin", "reward": "reward"}
 
 
 class DivergedError(LowrankError, ArithmeticError):
@@ -92,7 +100,9 @@ class LogFile(TrainerCallback):
         self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        values = {name: logs[name] for name in LOGGED if name in (logs or {})}
+        given = logs or {}
+        names = [*LOGGED, *(f"eval_{name}" for name in LOGGED)]
+        values = {name: given[name] for name in names if given.get(name) is not None}
         if not values:
             return
         seconds = round(time.perf_counter() - self.started, 3)
@@ -157,7 +167,8 @@ class Screen(TrainerCallback):
     def _line(self, state, logs: dict[str, float]) -> str:
         where = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "loss" in logs:
-            return f"{where}  {self.loss}  lr {logs['learning_rate']:.2e}"
+            more = [f"{word} {logs[name]:.3f}" for name, word in SHOWN.items() if name in logs]
+            return "  ".join([where, self.loss, *more, f"lr {logs['learning_rate']:.2e}"])
         if "eval_loss" in logs:
             return f"{where}  eval loss {logs['eval_loss']:.4f}"
         return ""

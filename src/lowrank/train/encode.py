@@ -31,6 +31,10 @@ class Encoded:
     # what the model's configuration has to say for these rows: num_labels, id2label, …
     model_options: dict[str, Any] = field(default_factory=dict)
 
+    def shown(self, i: int) -> list[tuple[str, dict[str, list[int]]]]:
+        """What there is to see of `rows[i]`: names and examples."""
+        return [("", self.examples[i])]
+
     @property
     def summary(self) -> str:
         share = 100 * self.supervised / self.tokens

@@ -130,15 +130,17 @@ def answer_rows(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     chat_template: bool = True,
+    **sampling: Any,
 ) -> list[str]:
-    """Greedy answers to the prompts of `rows`, in their order."""
+    """Answers to the prompts of `rows`, in their order, greedy unless `sampling` says otherwise."""
     texts = [prompt_text(row.prompt, tokenizer, chat_template, row.tools) for row in rows]
     templated = chat_template and bool(tokenizer.chat_template)
     prompts = prompt_ids(texts, tokenizer, templated)
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     for batch in batches(order, batch_size):
-        texts = generate_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+        asked = [prompts[i] for i in batch]
+        texts = generate_batch(model, tokenizer, asked, max_new_tokens, **sampling)
         for i, text in zip(batch, texts, strict=True):
             answers[i] = text
     return answers

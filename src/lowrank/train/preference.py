@@ -5,13 +5,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lowrank.train.encode import IGNORE, labelled, pad_right, teaches
-from lowrank.train.evaluate import batches, device_of, evaluating
+from lowrank.train.evaluate import (
+    Answer,
+    Evaluation,
+    answer_rows,
+    asked_text,
+    batches,
+    device_of,
+    evaluating,
+    exact_match,
+)
 from lowrank.train.records import DataError
 from lowrank.train.rows import as_rows
+from lowrank.train.settings import Sections
 from lowrank.train.shapes import Judged, Preference
 
 Example = dict[str, list[int]]  # {"input_ids", "labels"}, as `encode.encode` has them
@@ -43,6 +53,13 @@ class Preferences:
         """All of them: chosen before rejected, row after row."""
         return [e[name] for e in self.examples for name in ANSWERS if name in e]
 
+    def shown(self, i: int) -> list[tuple[str, Example]]:
+        """What there is to see of `rows[i]`: names and examples."""
+        example = self.examples[i]
+        if "label" in example:
+            return [(f", {'good' if example['label'] else 'bad'}", example["answer"])]
+        return [(f", {name}", example[name]) for name in ("chosen", "rejected")]
+
     @property
     def summary(self) -> str:
         share = 100 * self.supervised / self.tokens
@@ -58,7 +75,7 @@ ANSWERS = ("chosen", "rejected", "answer")
 
 
 def encode_preferences(
-    rows: Sequence[Preference] | Sequence[Judged],
+    rows: Sequence[Preference | Judged],
     tokenizer: Any,
     *,
     max_length: int,
@@ -75,14 +92,14 @@ def encode_preferences(
     for (i, _), tokens in zip(flat, found, strict=True):
         made[i].append(tokens)
     examples, kept, truncated = [], [], 0
-    for row, answers in zip(rows, made, strict=True):
+    for row, tokens_of in zip(rows, made, strict=True):
         cut: list[Example] = [
             {"input_ids": ids[:max_length], "labels": labels[:max_length]}
-            for ids, labels in answers
+            for ids, labels in tokens_of
         ]
         if (cut[0] == cut[-1] and len(cut) > 1) or not all(teaches(e["labels"]) for e in cut):
             continue
-        truncated += any(len(ids) > max_length for ids, _ in answers)
+        truncated += any(len(ids) > max_length for ids, _ in tokens_of)
         examples.append(_example(row, cut))
         kept.append(row)
     if not examples:
@@ -183,7 +200,7 @@ class Rewards:
 
 
 def implicit_rewards(
-    model: nn.Module, data: Preferences, pad: int, *, beta: float = 0.1, batch_size: int = 16
+    model: Any, data: Preferences, pad: int, *, beta: float = 0.1, batch_size: int = 16
 ) -> Rewards:
     """β·(log π(y|x) − log π_ref(y|x)) of every answer y (Rafailov et al. 2023, §4).
 
@@ -209,9 +226,7 @@ def implicit_rewards(
     return Rewards(rewards, found)
 
 
-def scored_rewards(
-    model: nn.Module, data: Preferences, pad: int, *, batch_size: int = 16
-) -> Rewards:
+def scored_rewards(model: Any, data: Preferences, pad: int, *, batch_size: int = 16) -> Rewards:
     """What a reward model with one output gives each answer after its prompt."""
     answers = data.answers
     collate, device = pad_right(pad), device_of(model)
@@ -227,7 +242,7 @@ def scored_rewards(
 
 
 def answer_logps(
-    model: nn.Module, answers: Sequence[Example], pad: int, batch_size: int = 16
+    model: Any, answers: Sequence[Example], pad: int, batch_size: int = 16
 ) -> list[float]:
     """log π(answer | prompt) of each, in nats: the sum over the tokens that are learnt."""
     collate, device = pad_right(pad), device_of(model)
@@ -280,3 +295,28 @@ def _compared(data: Preferences, rewards: list[float]) -> dict[str, float]:
         wins = (good > bad).double() + (good == bad).double() / 2
     margin = good.mean() - bad.mean()
     return {"preference_accuracy": float(wins.mean()), "reward_margin": float(margin)}
+
+
+def evaluation_of(
+    model: Any, tokenizer: Any, data: Preferences, rewards: Rewards, settings: Sections
+) -> Evaluation:
+    """The scores, and for the report some answers of the model beside the better ones."""
+    named = [as_rows(row)[0] for row in data.rows]
+    asked = [row for name, row in named if name != ", bad"]
+    asked = asked[: min(settings.eval.generate, settings.eval.samples)]
+    answers = [
+        Answer(asked_text(row), row.answer, text, exact_match(text, row.answer))
+        for row, text in zip(
+            asked,
+            answer_rows(
+                model,
+                tokenizer,
+                asked,
+                max_new_tokens=settings.eval.max_new_tokens,
+                batch_size=settings.eval.batch_size,
+                chat_template=settings.data.chat_template,
+            ),
+            strict=True,
+        )
+    ]
+    return Evaluation(rewards.scores, len(data.rows), data.supervised, len(answers), answers)

@@ -112,6 +112,55 @@ class TrainSettings:
     eval_steps: Annotated[int | None, "steps between evaluations; null: each epoch", COUNT] = None
     save_steps: Annotated[int | None, "steps between checkpoints; null: each epoch", COUNT] = None
     save_total_limit: Annotated[int | None, "checkpoints kept; null: all", COUNT] = 2
+    beta: Annotated[
+        float | None,
+        "dpo, kto: how far from the reference costs, null: 0.1; grpo: of KL, null: 0",
+        NOT_NEGATIVE,
+    ] = None
+    loss_type: Annotated[str | None, "as in TRL; null: sigmoid (dpo), kto (kto), dapo (grpo)"] = (
+        None
+    )
+    label_smoothing: Annotated[
+        float | None, "dpo: share of pairs that are the wrong way round", SHARE
+    ] = None
+    desirable_weight: Annotated[float | None, "kto: of good answers; null: 1", POSITIVE] = None
+    undesirable_weight: Annotated[float | None, "kto: of bad answers; null: 1", POSITIVE] = None
+    reward_functions: Annotated[
+        list[str] | str | None,
+        "grpo: exact_match, final_number, format:REGEX, length:WORDS, file.py:function",
+    ] = None
+    reward_weights: Annotated[list[float] | None, "grpo: of each; null: 1"] = None
+    num_generations: Annotated[
+        int | None, "grpo: answers sampled for each prompt; null: 8", COUNT
+    ] = None
+    max_completion_length: Annotated[
+        int | None, "grpo: tokens of an answer; null: half of data.max_length, 256 at most", COUNT
+    ] = None
+    temperature: Annotated[float | None, "grpo: of sampling; null: 1", POSITIVE] = None
+
+
+# settings that some tasks alone have
+OF_TASKS = {
+    "beta": ("dpo", "kto", "grpo"),
+    "loss_type": ("dpo", "kto", "grpo"),
+    "label_smoothing": ("dpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "reward_functions": ("grpo",),
+    "reward_weights": ("grpo",),
+    "num_generations": ("grpo",),
+    "max_completion_length": ("grpo",),
+    "temperature": ("grpo",),
+}
+
+
+def misplaced(settings: TrainSettings) -> list[str]:
+    """What is wrong with settings that were given and belong to other tasks than theirs."""
+    return [
+        f"train.{name} is a setting of {' and '.join(tasks)}, and train.task is {settings.task}."
+        for name, tasks in OF_TASKS.items()
+        if settings.task not in tasks and getattr(settings, name) is not None
+    ]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from lowrank.errors import did_you_mean
-from lowrank.train.shapes import Row
+from lowrank.train.shapes import Judged, Preference, Row
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,42 @@ TASKS = {
             later("text:prepare"),
             later("sft:train"),
             later("text:score"),
+        ),
+        Task(
+            "dpo",
+            "CAUSAL_LM",
+            "pairs of a better and a worse answer",
+            Preference,
+            later("dpo:prepare"),
+            later("dpo:train"),
+            later("dpo:score"),
+        ),
+        Task(
+            "kto",
+            "CAUSAL_LM",
+            "answers judged good or bad",
+            Judged,
+            later("kto:prepare"),
+            later("kto:train"),
+            later("kto:score"),
+        ),
+        Task(
+            "reward",
+            "SEQ_CLS",
+            "a model that scores answers, from pairs",
+            Preference,
+            later("reward_model:prepare"),
+            later("reward_model:train"),
+            later("reward_model:score"),
+        ),
+        Task(
+            "grpo",
+            "CAUSAL_LM",
+            "sampled answers that reward functions score",
+            Row,
+            later("grpo:prepare"),
+            later("grpo:train"),
+            later("grpo:score"),
         ),
     )
 }
