@@ -9,18 +9,15 @@ from safetensors.torch import load_file
 
 from lowrank import LoraConfig, PeftModel, compat, get_peft_model
 from lowrank.errors import NotTrainableError
-from lowrank.train.callbacks import DivergedError, Loss, read_log
+from lowrank.train.callbacks import Loss, read_log
+from lowrank.train.checkpoints import newest_checkpoint
+from lowrank.train.divergence import DivergedError
 from lowrank.train.encode import IGNORE, encode, pad_right
 from lowrank.train.evaluate import mean_loss
 from lowrank.train.rows import Row
 from lowrank.train.settings import EvalSettings, TrainSettings
 from lowrank.train.sft import train_sft
-from lowrank.train.trainer import (
-    NotRecognisedError,
-    ResumeError,
-    newest_checkpoint,
-    training_arguments,
-)
+from lowrank.train.trainer import NotRecognisedError, training_arguments
 
 ROWS = [
     Row(pair["prompt"], pair["completion"] * (1 + i % 3), f"f:{i}")
@@ -121,19 +118,6 @@ def test_resume_ends_where_the_whole_run_ended(trained, tokenizer, data, tmp_pat
         assert torch.equal(one, two), name
     logged = [line["step"] for line in result.history]
     assert logged == [line["step"] for line in trained[1].history]
-
-
-def test_nothing_to_resume_is_an_error(tmp_path):
-    (tmp_path / "checkpoint-9").mkdir()  # begun and never finished
-    with pytest.raises(ResumeError, match="no checkpoint in"):
-        newest_checkpoint(tmp_path)
-
-
-def test_the_newest_checkpoint_is_the_one_of_most_steps(tmp_path):
-    for n in (9, 100, 20):
-        (tmp_path / f"checkpoint-{n}").mkdir()
-        (tmp_path / f"checkpoint-{n}" / "trainer_state.json").write_text("{}")
-    assert newest_checkpoint(tmp_path).name == "checkpoint-100"
 
 
 def test_gradients_of_a_step_with_accumulation(tokenizer, data):

@@ -41,7 +41,9 @@ class ModelSettings:
 class OutputSettings:
     dir: Annotated[str | None, "folder of the result; null: runs/<name of the YAML file>"] = None
     overwrite: Annotated[bool, "replace what is in the folder"] = False
-    resume: Annotated[bool | str, "go on from the newest checkpoint, or from this one"] = False
+    resume: Annotated[
+        bool | str, "go on from the newest checkpoint, or from this one; auto: if there is one"
+    ] = False
 
 
 SECTIONS: dict[str, type] = {

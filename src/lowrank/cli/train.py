@@ -16,6 +16,7 @@ from lowrank.cli.quantising import wanted
 from lowrank.cli.settings import ELSEWHERE as ELSEWHERE
 from lowrank.cli.settings import RunSettings, SettingsError, add_flags, resolve
 from lowrank.train.optimizers import transformers_name
+from lowrank.train.trackers import trackers
 
 REQUIRED = ("model.path", "data.train")
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     folder = output_folder(settings, args.config)
     checkpoint = resume_from(settings, folder)
     transformers_name(settings.train.optimizer)  # what is missing is said before anything is read
+    trackers(settings.train.report_to)
     wanted(settings)
 
     from lowrank import compat
@@ -45,7 +47,15 @@ def run(args: argparse.Namespace) -> int:
     data = training.open_data(settings)
     show(record.data_lines(data, settings))
     with compat.standing_in():
-        result = training.train(settings, data, folder, checkpoint)
+        from lowrank.train.stopping import Stopped
+
+        try:
+            result = training.train(settings, data, folder, checkpoint)
+        except Stopped as stopped:
+            again = "" if args.config else " with the same settings"
+            command = f"lowrank train {args.config or ''}".strip()
+            print(f"\n {stopped}\n Go on{again}: {command} --resume")
+            return stopped.status
     report = record.write(settings, folder, data, result, time.perf_counter() - started)
     show(summary(report))
     print(f"\n {folder / record.REPORT} shows more.")
@@ -71,10 +81,11 @@ def resume_from(settings: RunSettings, folder: Path) -> Path | None:
     resume = settings.output.resume
     if resume is False:
         return None
-    if resume is True:
-        from lowrank.train.trainer import newest_checkpoint
+    from lowrank.train import checkpoints
 
-        return newest_checkpoint(folder)
-    if not (Path(resume) / "trainer_state.json").is_file():
-        raise SettingsError(f"output.resume: {resume} is no checkpoint of a run")
-    return Path(resume)
+    if resume == "auto" and not checkpoints.any_whole(folder):
+        return None
+    newest = resume in (True, "auto")
+    found = checkpoints.newest_checkpoint(folder) if newest else checkpoints.whole(str(resume))
+    checkpoints.check_same_run(found, checkpoints.of_settings(settings.train))
+    return found

@@ -22,10 +22,10 @@ from lowrank.cli.settings import RunSettings, SettingsError
 from lowrank.model_folder import load_config
 from lowrank.model_size import held_bytes
 from lowrank.quantisation import Quantisation
-from lowrank.train.callbacks import Screen
 from lowrank.train.encode import Encoded, encode, pad_id
 from lowrank.train.evaluate import Evaluation, mean_loss
 from lowrank.train.rows import DataError, ReadData, rows_of, supervised
+from lowrank.train.screen import Screen
 from lowrank.train.tasks import TASKS
 from lowrank.train.trainer import Training, count_trainable
 

@@ -1,16 +1,20 @@
-"""What watches a training run: the log file, the clock, the loss, the lines on the screen."""
+"""What watches a training run: the log file, the clock, the loss, the gradients."""
 
 import json
-import sys
 import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lowrank.errors import LowrankError
+from lowrank.errors import LowrankWarning
+from lowrank.files import write_text
+from lowrank.train.divergence import DivergedError, GradientWatch, LossWatch, rows_words
 from lowrank.train.encode import IGNORE, Encoded
 from lowrank.train.evaluate import summed_loss
 
@@ -22,12 +26,6 @@ LOGGED = (
     *("margin", "accuracy", "reward", "reward_std", "frac_reward_zero_std", "entropy"),
     *("completions/mean_length", "completions/clipped_ratio"),
 )
-# what of them a line on the screen shows beside the loss, and its name there
-SHOWN = {"rewards/margins": "margin", "margin": "margin", "reward": "reward"}
-
-
-class DivergedError(LowrankError, ArithmeticError):
-    """The loss is no longer a finite number."""
 
 
 class Loss:
@@ -51,11 +49,23 @@ class Loss:
         return loss if auxiliary is None else loss + auxiliary
 
 
-class Watch(TrainerCallback):
-    """Stops before the optimiser takes in a loss that is not finite, and measures the time."""
+@dataclass
+class Step:
+    """What is known of the optimiser step under way."""
 
-    def __init__(self, losses: list[Tensor]):
-        self.losses = losses  # of the optimiser step under way, a batch each
+    losses: list[Tensor] = field(default_factory=list)  # a batch each
+    grad_norm: Any = None
+
+
+class Watch(TrainerCallback):
+    """Stops before the optimiser takes in a step that went wrong, and measures the time."""
+
+    def __init__(self, model: nn.Module, patience: int | None):
+        self.step = Step()
+        self.loss = LossWatch(patience)
+        self.gradients = GradientWatch(model)
+        # (state, number of a batch in the step) -> where its rows come from
+        self.places: Callable[[Any, int], list[str]] = lambda state, batch: []
         self.steps = 0
         self.train_seconds = 0.0
         self.eval_seconds = 0.0
@@ -64,15 +74,24 @@ class Watch(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        value = float(torch.stack(self.losses).sum()) if self.losses else 0.0
-        self.losses.clear()
-        if value - value != 0:  # NaN or ±inf
+        losses = torch.stack(self.step.losses).tolist() if self.step.losses else []
+        norm = self.step.grad_norm
+        self.step.losses.clear()
+        problem = self.loss.problem(sum(losses))
+        if problem is None and norm is not None and float(norm) - float(norm) != 0:
+            problem = f"the gradient's norm is {float(norm)}"
+        if problem:
+            odd = [i for i, loss in enumerate(losses) if loss - loss != 0] or range(len(losses))
+            rows = [place for batch in odd for place in self.places(state, batch)]
             raise DivergedError(
-                f"the loss is {value} at step {state.global_step + 1} of {state.max_steps}; training "
+                f"{problem} at step {state.global_step + 1} of {state.max_steps}; training "
                 "stopped before that step changed the weights.\n"
-                f"Try a lower train.learning_rate (now {args.learning_rate:g}), a longer "
+                + (f"Its rows: {rows_words(rows)}.\n" if rows else "")
+                + f"Try a lower train.learning_rate (now {args.learning_rate:g}), a longer "
                 "train.warmup_ratio, or model.dtype float32; look for odd rows in the data."
             )
+        if problem := self.gradients.problem(args.world_size > 1):
+            warnings.warn(problem, LowrankWarning, stacklevel=2)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1
@@ -96,8 +115,9 @@ class LogFile(TrainerCallback):
         self.started = time.perf_counter()
         # after a resume: what was logged beyond the checkpoint is trained, and logged, again
         self.lines = [line for line in self.lines if line["step"] <= state.global_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         given = logs or {}
@@ -108,8 +128,9 @@ class LogFile(TrainerCallback):
         seconds = round(time.perf_counter() - self.started, 3)
         line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **values}
         self.lines.append({**line, "seconds": seconds})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.lines[-1]) + "\n")
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.lines[-1]) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -121,54 +142,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-class Screen(TrainerCallback):
-    """A progress bar on a terminal; elsewhere a plain line for each entry of the log."""
-
-    def __init__(self, stream: TextIO | None = None):
-        self.stream = stream or sys.stderr
-        self.bar: Any = None
-        self.loss = ""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.stream.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                file=self.stream,
-                unit="step",
-                dynamic_ncols=True,
-                leave=False,
-            )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        logs = logs or {}
-        if "loss" in logs:
-            self.loss = f"loss {logs['loss']:.4f}"
-        if self.bar is not None and "loss" in logs:
-            self.bar.set_postfix_str(self.loss, refresh=False)
-        line = self._line(state, logs)
-        if line and self.bar is not None and "eval_loss" in logs:
-            self.bar.write(line, file=self.stream)
-        elif line and self.bar is None:
-            print(line, file=self.stream, flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
-
-    def _line(self, state, logs: dict[str, float]) -> str:
-        where = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-        if "loss" in logs:
-            more = [f"{word} {logs[name]:.3f}" for name, word in SHOWN.items() if name in logs]
-            return "  ".join([where, self.loss, *more, f"lr {logs['learning_rate']:.2e}"])
-        if "eval_loss" in logs:
-            return f"{where}  eval loss {logs['eval_loss']:.4f}"
-        return ""

@@ -4,6 +4,7 @@ A checkpoint is written under a temporary name beside its own, with `checkpoint.
 each file, and the run that it belongs to. Everything is flushed to the disk before the folder gets its name.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ MAY_CHANGE = (
     "train.save_steps",
     "train.save_total_limit",
     "train.report_to",
+    "train.divergence_steps",
 )
 
 
@@ -163,6 +165,15 @@ def problems(checkpoint: Path) -> list[str]:
         elif _crc32(path) != wanted["crc32"]:
             found.append(f"{name} is not what was written (its CRC-32 differs)")
     return found
+
+
+def any_whole(output_dir: str | Path) -> bool:
+    return any(not problems(path) for path in _by_step(output_dir))
+
+
+def of_settings(settings: Any) -> dict[str, Any]:
+    """What a checkpoint remembers of TrainSettings."""
+    return {f"train.{name}": value for name, value in dataclasses.asdict(settings).items()}
 
 
 def check_same_run(checkpoint: str | Path, run: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 from lowrank.train.optimizers import OPTIMIZERS
 from lowrank.train.shapes import SHAPES
 from lowrank.train.tasks import TASKS, meant
+from lowrank.train.trackers import TRACKERS, known_trackers
 
 
 class Bound(NamedTuple):
@@ -112,6 +113,16 @@ class TrainSettings:
     eval_steps: Annotated[int | None, "steps between evaluations; null: each epoch", COUNT] = None
     save_steps: Annotated[int | None, "steps between checkpoints; null: each epoch", COUNT] = None
     save_total_limit: Annotated[int | None, "checkpoints kept; null: all", COUNT] = 2
+    report_to: Annotated[
+        list[str] | str | None,
+        f"also log to {', '.join(TRACKERS)}; null: log.jsonl alone",
+        Bound(f"of {', '.join(TRACKERS)}", known_trackers),
+    ] = None
+    divergence_steps: Annotated[
+        int | None,
+        "stop when the loss is far above its start for so many steps; null: never",
+        COUNT,
+    ] = 50
     beta: Annotated[
         float | None,
         "dpo, kto: how far from the reference costs, null: 0.1; grpo: of KL, null: 0",

@@ -75,7 +75,7 @@ def train_sft(
     """
     from lowrank.train.callbacks import Loss
 
-    examples = train.examples
+    examples, places = train.examples, [row.where for row in train.rows]
     if settings.packing:
         check_packing(model)
         examples = pack(examples, train.max_length)
@@ -87,6 +87,7 @@ def train_sft(
         settings,
         eval_settings,
         tokens=train.tokens,
+        places=None if settings.packing else places,
         resume_from=resume_from,
         callbacks=callbacks,
         data_collator=collate(pad_id(tokenizer), wants_flat(model)),

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ from torch import Tensor, nn
 
 from lowrank.bases.kinds import count_parameters
 from lowrank.errors import LowrankError, NotTrainableError
+from lowrank.train.checkpoints import (
+    check_same_run,
+    clean,
+    data_digest,
+    of_settings,
+    weights_digest,
+)
 from lowrank.train.memory import peak_memory, start_of_peak
 from lowrank.train.optimizers import transformers_name
 from lowrank.train.settings import EvalSettings, TrainSettings
+from lowrank.train.trackers import trackers, variables
 
 # transformers' "constant" has no warmup, whatever is set beside it
 SCHEDULES = {"constant": "constant_with_warmup"}
-
-
-class ResumeError(LowrankError, ValueError):
-    """There is no checkpoint to go on from."""
 
 
 class NotRecognisedError(LowrankError, RuntimeError):
@@ -57,13 +62,15 @@ def fit(
     trainer_class: type | None = None,
     arguments_class: type | None = None,
     arguments: dict[str, Any] | None = None,
+    places: Sequence[str] | None = None,
     resume_from: str | Path | None = None,
     callbacks: Sequence[Any] = (),
     **options: Any,
 ) -> Training:
     """Train what is trainable in `model`, in place, with a Trainer of `trainer_class`.
 
-    train, evaluation: what the Trainer takes as datasets. tokens: in all of `train`, for the pace.
+    train, evaluation: what the Trainer takes as datasets. tokens: in all of `train`, for the pace. places: where
+    each row of `train` comes from ("rows.jsonl:3"), for errors.
     trainer_class: transformers' Trainer, or a subclass, as TRL's are; arguments_class: of its TrainingArguments;
     arguments: for it, over those of `settings`; options: the Trainer's own (data_collator, …).
     Writes `checkpoint-N/` and `log.jsonl` into `output_dir`; saving the result is the caller's.
@@ -75,39 +82,58 @@ def fit(
     from transformers import PrinterCallback, Trainer
 
     from lowrank.train.callbacks import LogFile, Watch
+    from lowrank.train.resuming import Finished, Whole, places_of, resumable, stopped_early
+    from lowrank.train.stopping import Stopping
 
     output_dir = Path(output_dir)
-    losses: list[Tensor] = []
-    watch = Watch(losses)
+    run = run_record(model, train, settings)
+    early = False
+    if resume_from:
+        check_same_run(resume_from, run)
+        early = stopped_early(Path(resume_from))
+    names = trackers(settings.report_to)
+    watch, stopping = Watch(model, settings.divergence_steps), Stopping()
     log = LogFile(output_dir / "log.jsonl", append=resume_from is not None)
-    trainer = _watched(trainer_class or Trainer, losses)(
-        model=model,
-        args=training_arguments(
-            settings,
-            eval_settings,
-            output_dir,
-            evaluation is not None,
-            use_cpu=next(model.parameters()).device.type == "cpu",
-            cls=arguments_class,
-            **(arguments or {}),
-        ),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        callbacks=[watch, log, *callbacks],
-        **options,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if settings.loraplus_lr_ratio is not None:
-        trainer.optimizer = _loraplus(model, trainer, settings)
-    start_bytes = start_of_peak()
-    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    rows_seen = watch.steps * settings.batch_size * settings.gradient_accumulation_steps
-    tokens_seen = rows_seen * tokens / len(train)
+    with variables(names, output_dir), stopping.listening():
+        trainer = _watched(resumable(trainer_class or Trainer, run), watch.step)(
+            model=model,
+            args=training_arguments(
+                settings,
+                eval_settings,
+                output_dir,
+                evaluation is not None,
+                use_cpu=next(model.parameters()).device.type == "cpu",
+                cls=arguments_class,
+                **({"report_to": names} | (arguments or {})),
+            ),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            callbacks=[watch, log, *callbacks, stopping, Whole(early)],
+            **options,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if places is not None:
+            watch.places = partial(places_of, trainer, places)
+        if settings.loraplus_lr_ratio is not None:
+            trainer.optimizer = _loraplus(model, trainer, settings)
+        clean(output_dir)
+        start_bytes = start_of_peak()
+        try:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        except BaseException as error:  # the bar and the trackers hear of the end however it comes
+            handler = trainer.callback_handler
+            handler.on_train_end(trainer.args, trainer.state, trainer.control)
+            if not isinstance(error, Finished):
+                raise
+            if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+                trainer._load_best_model()
+    rows_a_step = settings.batch_size * settings.gradient_accumulation_steps
+    tokens_seen = watch.steps * rows_a_step * trainer.args.world_size * tokens / len(train)
     peak_bytes, peak_of = peak_memory()
     return Training(
         steps=trainer.state.global_step,
         epochs=trainer.state.epoch or 0.0,
-        train_loss=result.training_loss,
+        train_loss=mean_logged(log.lines),
         history=log.lines,
         train_seconds=watch.train_seconds,
         eval_seconds=watch.eval_seconds,
@@ -118,6 +144,31 @@ def fit(
         trainable_params=trainable,
         total_params=count_parameters(model)[1],
     )
+
+
+def run_record(model: nn.Module, train: Any, settings: TrainSettings) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, so that no other goes on from it."""
+    configs = getattr(model, "peft_config", {})
+    return {
+        **of_settings(settings),
+        **{
+            f"{name}.{field}": sorted(value) if isinstance(value, set) else value
+            for name, config in configs.items()
+            for field, value in config.to_dict().items()
+        },
+        "data": data_digest(train),
+        "model": weights_digest(model),
+    }
+
+
+def mean_logged(lines: list[dict[str, float]]) -> float:
+    """The mean loss over all steps, those before a resume included; each line holds that since the last."""
+    steps, total = 0, 0.0
+    for line in lines:
+        if "loss" in line:
+            total += line["loss"] * (line["step"] - steps)
+            steps = int(line["step"])
+    return total / max(steps, 1)
 
 
 def training_arguments(
@@ -173,6 +224,7 @@ def training_arguments(
         "disable_tqdm": True,
         "use_cpu": use_cpu,
         "report_to": [],
+        "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
     }
     if recompute in names:  # always named: TRL's configurations have it on
         given[recompute] = settings.gradient_checkpointing
@@ -206,32 +258,19 @@ def check_recognised(model: nn.Module) -> None:
         )
 
 
-def newest_checkpoint(output_dir: str | Path) -> Path:
-    """The `checkpoint-N` of the largest N that was written to its end."""
-    found = sorted(
-        (
-            path
-            for path in Path(output_dir).glob("checkpoint-*")
-            if path.name.split("-")[1].isdigit() and (path / "trainer_state.json").is_file()
-        ),
-        key=lambda path: int(path.name.split("-")[1]),
-    )
-    if not found:
-        raise ResumeError(
-            f"no checkpoint in {output_dir}: nothing to resume.\n"
-            "Start afresh without resume, or name the checkpoint's folder."
-        )
-    return found[-1]
-
-
-def _watched(cls: Any, losses: list[Tensor]) -> Any:
-    """`cls`, which puts the loss of each batch into `losses`, whoever computes it."""
+def _watched(cls: Any, step: Any) -> Any:
+    """`cls`, which puts the loss of each batch and the gradient's norm into `step`, whoever computes them."""
 
     class Watched(cls):
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
-            losses.append(loss.detach())
+            step.losses.append(loss.detach())
             return loss
+
+        def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+            norm = super()._get_grad_norm(*args, **kwargs)
+            step.grad_norm = norm
+            return norm
 
     Watched.__name__ = cls.__name__
     return Watched
