@@ -108,6 +108,7 @@ def test_standing_in_leaves_everything_as_it_was():
         import sys
         import peft
         import lowrank, lowrank.compat
+        import types
         from transformers import trainer_utils
         before = list(sys.path), trainer_utils.PeftModel, sys.modules["peft"]
         try:
@@ -115,9 +116,11 @@ def test_standing_in_leaves_everything_as_it_was():
                 import peft as inside
                 assert inside.PeftModel is trainer_utils.PeftModel is lowrank.PeftModel
                 assert lowrank.compat.is_ours()
+                sys.modules["trl.trainer"] = types.ModuleType("trl.trainer")  # it has taken in ours
                 raise KeyError
         except KeyError:
             pass
+        assert "trl.trainer" not in sys.modules
         assert before == (list(sys.path), trainer_utils.PeftModel, sys.modules["peft"])
         import peft as after
         assert after is peft and not lowrank.compat.is_ours()

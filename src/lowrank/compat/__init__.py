@@ -71,7 +71,8 @@ def standing_in() -> Iterator[None]:
     For one training in a process that may use the installed PEFT elsewhere. Not for threads.
     """
     importlib.import_module("transformers.trainer")
-    path, modules, held = list(sys.path), _peft_modules(), _held_names()
+    path, modules, held = list(sys.path), _within_sys("peft"), _held_names()
+    trl, cached = _within_sys("trl"), set(vars(sys.modules.get("trl", ModuleType(""))))
     try:
         _switch()
         yield
@@ -80,6 +81,11 @@ def standing_in() -> Iterator[None]:
         _forget_peft()
         sys.modules.update(modules)
         _hand_to_transformers(held)
+        # what of TRL was imported inside has taken in our names
+        for name in _within_sys("trl").keys() - trl.keys():
+            del sys.modules[name]
+        for name in vars(trl["trl"]).keys() - cached if "trl" in trl else ():
+            delattr(trl["trl"], name)
 
 
 def is_ours() -> bool:
@@ -160,12 +166,12 @@ def _hand_to_transformers(values: dict[tuple[str, str], Any]) -> None:
             getattr(checks, name).cache_clear()
 
 
-def _peft_modules() -> dict[str, ModuleType]:
-    return {name: module for name, module in sys.modules.items() if _within(name, "peft")}
+def _within_sys(package: str) -> dict[str, ModuleType]:
+    return {name: module for name, module in sys.modules.items() if _within(name, package)}
 
 
 def _forget_peft() -> None:
-    for name in _peft_modules():
+    for name in _within_sys("peft"):
         del sys.modules[name]
 
 
