@@ -1,7 +1,10 @@
 """A stand-in for the Hugging Face Hub on loopback: repositories in memory, the requests of huggingface_hub.
 
 Knows whoami, creating repositories, uploads (small files in the commit, large ones by LFS), model info, the
-tree, and downloads. One token, TOKEN, may write and may see private repositories.
+tree, and downloads. One token, TOKEN, may write and may see private repositories; READ_TOKEN may only read.
+
+It fails where it is told to: POST /faults takes a list of [what a request begins with, a status or "drop"],
+each of which is met once.
 """
 
 import base64
@@ -11,7 +14,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-TOKEN = "hf_stand_in"
+TOKEN = "hf_stand_in_secret"
+READ_TOKEN = "hf_stand_in_reader"
+ROLES = {TOKEN: "write", READ_TOKEN: "read"}
 USER = "me"
 
 
@@ -34,6 +39,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}  # by sha256
         self.requests: list[str] = []
+        self.faults: list[list] = []
         self.unknown: list[str] = []  # requests that this stand-in does not know
 
     @property
@@ -72,6 +78,13 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).strip("/")
         self.query = parse_qs(urlsplit(self.path).query)
         self.server.requests.append(f"{method} {path}")
+        if path == "faults":
+            self.server.faults = json.loads(self.body)
+            return self.send(200)
+        for fault in self.server.faults:
+            if f"{method} {path}".startswith(fault[0]):
+                self.server.faults.remove(fault)
+                return self.fail(fault[1])
         parts = path.split("/")
         if path == "api/whoami-v2":
             return self.whoami()
@@ -114,6 +127,12 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, value, status=200, **headers):
         self.send(status, json.dumps(value).encode(), **headers)
 
+    def fail(self, how):
+        if how == "drop":  # in the middle of a request, without an answer
+            self.close_connection = True
+            return self.connection.close()
+        return self.refuse(how, "Fault", "told to fail")
+
     def refuse(self, status, code, text):
         content = json.dumps({"error": text}).encode()
         self.send(status, content, X_Error_Code=code, X_Error_Message=text)
@@ -124,13 +143,20 @@ class Handler(BaseHTTPRequestHandler):
     # --- the api ----------------------------------------------------------------------------------
 
     @property
+    def role(self):
+        return ROLES.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+
+    @property
     def authorized(self):
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        return self.role == "write"
 
     def whoami(self):
-        if not self.authorized:
+        if self.role is None:
             return self.refuse(401, "InvalidToken", "Invalid user token.")
-        return self.send_json({"type": "user", "name": USER, "fullname": "Me", "orgs": []})
+        access = {"type": "access_token", "accessToken": {"displayName": "x", "role": self.role}}
+        orgs = [{"name": "my-org"}]
+        about = {"type": "user", "name": USER, "fullname": "Me", "orgs": orgs, "auth": access}
+        return self.send_json(about)
 
     def create(self):
         if not self.authorized:

@@ -22,7 +22,6 @@ from lowrank.config import LoraConfig
 from lowrank.errors import (
     AdapterNameError,
     ConfigError,
-    MissingExtraError,
     NotTrainableError,
     RowsError,
 )
@@ -34,6 +33,7 @@ from lowrank.lora_model import (
     rows,
 )
 from lowrank.preparing import checkpoints_activations, let_gradients_in
+from lowrank.push import push_folder
 from lowrank.quantised_base import in_words, quantised_layers
 from lowrank.routing import Routing
 from lowrank.saving import adapter_of, converted, warn_of_other_readers
@@ -327,18 +327,18 @@ class PeftModel(nn.Module):
         create_pr: bool = False,
         **save_arguments: Any,
     ) -> Any:
-        """Saves the adapters into a temporary folder and uploads it. Returns huggingface_hub's CommitInfo."""
-        try:
-            from huggingface_hub import HfApi
-        except ImportError as error:
-            raise MissingExtraError("push_to_hub needs: pip install huggingface_hub") from error
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        """Saves the adapters into a temporary folder and uploads it. Returns huggingface_hub's CommitInfo.
+
+        private: of a new repository; None: as its owner's settings say. What fails in a way that may pass is
+        tried again. Raises HubError.
+        """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_arguments)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
+            return push_folder(
+                Path(folder),
+                repo_id,
+                private=private,
+                token=token,
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,

@@ -38,6 +38,7 @@ COMMANDS = {
     "combine": "make one adapter of several; no model is read",
     "resize": "give an adapter another rank; no model is read",
     "extract": "make an adapter of the difference of two full checkpoints",
+    "push": "upload an adapter, or what a run wrote, to the Hugging Face hub",
     "convert": "write an adapter in another program's format; no model is read",
 }
 

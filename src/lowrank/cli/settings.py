@@ -44,6 +44,8 @@ class OutputSettings:
     resume: Annotated[
         bool | str, "go on from the newest checkpoint, or from this one; auto: if there is one"
     ] = False
+    push: Annotated[str | None, "owner/name on the Hub, to which the result is uploaded"] = None
+    private: Annotated[bool, "a repository that push makes is private"] = True
 
 
 SECTIONS: dict[str, type] = {
@@ -95,6 +97,8 @@ ELSEWHERE = {
     "model_name_or_path": "model.path",
     "base_model": "model.path",
     "output_dir": "output.dir",
+    "hub_model_id": "output.push",
+    "push_to_hub": "output.push",
     "optim": "train.optimizer",
     "load_in_4bit": "model.quantize: nf4",
     "load_in_8bit": "model.quantize: int8",

@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
     wanted(settings)
 
     from lowrank import compat
-    from lowrank.cli import record, training
+    from lowrank.cli import publish, record, training
     from lowrank.report.text import show, summary
 
+    publish.check(settings)
     started = time.perf_counter()
     show(record.settings_table(settings, folder))
     data = training.open_data(settings)
@@ -57,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n {stopped}\n Go on{again}: {command} --resume")
             return stopped.status
     report = record.write(settings, folder, data, result, time.perf_counter() - started)
+    publish.write_card(settings, folder, report)
     show(summary(report))
     print(f"\n {folder / record.REPORT} shows more.")
-    return 0
+    return publish.push(settings, folder)
 
 
 def output_folder(settings: RunSettings, config: Path | None) -> Path:

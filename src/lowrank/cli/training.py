@@ -37,6 +37,7 @@ WRITTEN = (
     "model*.safetensors",
     "log.jsonl",
     "run.json",
+    "loss.png",
     "reports",
 )
 

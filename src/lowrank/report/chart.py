@@ -7,8 +7,10 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from lowrank.files import replacing
 from lowrank.report.data import Curve
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
@@ -21,12 +23,31 @@ def loss_chart(curves: Sequence[Curve], y_label: str = "loss, nats per token") -
 
     Points that are not finite are left out and the line is broken there.
     """
-    curves = [curve for curve in curves if any(map(math.isfinite, curve.values))]
+    curves = _drawable(curves)
     if not curves:
         return ""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    _draw(curves, y_label, file, format="svg", transparent=True, metadata=nothing)
+    return _inline(file.getvalue(), curves)
+
+
+def loss_image(path: Path, curves: Sequence[Curve], y_label: str = "loss, nats per token") -> bool:
+    """Draws the curves into a PNG file, on white; nothing without points. Returns whether there is a file."""
+    curves = _drawable(curves)
+    if curves:
+        with replacing(path) as temporary:
+            _draw(curves, y_label, temporary, format="png", dpi=150, metadata={"Software": None})
+    return bool(curves)
+
+
+def _drawable(curves: Sequence[Curve]) -> list[Curve]:
+    return [curve for curve in curves if any(map(math.isfinite, curve.values))]
+
+
+def _draw(curves: Sequence[Curve], y_label: str, file: Any, **how: Any) -> None:
     # the object interface: no pyplot, no global state, no window system
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -43,7 +64,6 @@ def loss_chart(curves: Sequence[Curve], y_label: str = "loss, nats per token") -
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(7.6, 3.0), layout="constrained")
-        FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         for i, curve in enumerate(curves):
             steps, values = _thinned(curve)
@@ -64,10 +84,7 @@ def loss_chart(curves: Sequence[Curve], y_label: str = "loss, nats per token") -
         axes.grid(axis="y", linewidth=0.5, alpha=0.25, color=INK)
         if len(curves) > 1 or curves[0].name:
             axes.legend(frameon=False)
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    return _inline(file.getvalue(), curves)
+        figure.savefig(file, **how)
 
 
 def _thinned(curve: Curve) -> tuple[list[int], list[float]]:
