@@ -6,24 +6,18 @@ import text
 import tiny
 import torch
 from safetensors.torch import load_file
+from training import FAST, ROWS, adapted, fit
 
-from lowrank import LoraConfig, PeftModel, compat, get_peft_model
+from lowrank import PeftModel
 from lowrank.errors import NotTrainableError
 from lowrank.train.callbacks import Loss, read_log
 from lowrank.train.checkpoints import newest_checkpoint
 from lowrank.train.divergence import DivergedError
 from lowrank.train.encode import IGNORE, encode, pad_right
 from lowrank.train.evaluate import mean_loss
-from lowrank.train.rows import Row
-from lowrank.train.settings import EvalSettings, TrainSettings
+from lowrank.train.settings import TrainSettings
 from lowrank.train.sft import train_sft
 from lowrank.train.trainer import NotRecognisedError, training_arguments
-
-ROWS = [
-    Row(pair["prompt"], pair["completion"] * (1 + i % 3), f"f:{i}")
-    for i, pair in enumerate(text.pairs(22))
-]
-FAST = TrainSettings(epochs=2, learning_rate=1e-2, batch_size=4, logging_steps=3, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +28,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def data(tokenizer):
     return encode(ROWS, tokenizer, max_length=64), encode(ROWS[:9], tokenizer, max_length=64)
-
-
-def adapted(**options):
-    torch.manual_seed(3)
-    model = tiny.llama(vocab=text.VOCABULARY, dtype=torch.float32)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    return get_peft_model(model, config)
-
-
-def fit(model, tokenizer, data, folder, settings=FAST, **options):
-    with compat.standing_in():
-        return train_sft(
-            model, tokenizer, *data, folder, settings, EvalSettings(batch_size=4), **options
-        )
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,7 @@ def train_on_trl(
             settings.train,
             settings.eval,
             tokens=train.tokens,
+            places=[row.where for row in train.rows],
             trainer_class=trainer,
             arguments_class=configuration,
             # TRL's defaults would be: mixed precision, its own cut, and no dropout in adapters either

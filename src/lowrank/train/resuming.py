@@ -38,6 +38,21 @@ class RowOrder(Sampler[int]):
         return iter(self.order(epoch=int(self.trainer.state.epoch or 0)))
 
 
+class Reseeded(Sampler[int]):
+    """A sampler with a generator of its own, whose order becomes one of seed and epoch alone."""
+
+    def __init__(self, trainer: Any, sampler: Any):
+        self.trainer, self.sampler = trainer, sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int(self.trainer.state.epoch or 0)
+        self.sampler.generator.manual_seed(self.trainer.args.seed + epoch)
+        return iter(self.sampler)
+
+
 def row_order(
     *, count: int, lengths: Sequence[int] | None, batch: int, seed: int, epoch: int
 ) -> list[int]:
@@ -64,8 +79,8 @@ def resumable(cls: type, run: Mapping[str, Any]) -> Any:
 
     class Resumable(cls):
         def _get_train_sampler(self, *args: Any) -> Any:
-            if hasattr(self, "num_generations"):
-                return super()._get_train_sampler(*args)  # GRPO's repeats each prompt
+            if hasattr(self, "num_generations"):  # GRPO's repeats each prompt
+                return Reseeded(self, super()._get_train_sampler(*args))
             rows = args[0] if args else self.train_dataset
             grouped = self.args.train_sampling_strategy == "group_by_length"
             self.row_order = RowOrder(self, rows, lengths_of(rows) if grouped else None)
