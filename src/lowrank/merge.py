@@ -265,7 +265,14 @@ class _Planned(NamedTuple):
 def _planned(job: _Job) -> _Planned:
     """What there is to write. Raises NeedsModel."""
     try:
-        model = load_skeleton(job.base, job.task, job.file.tensors, job.revision, dequantised=True)
+        model = load_skeleton(
+            job.base,
+            job.task,
+            job.file.tensors,
+            job.revision,
+            dequantised=True,
+            metadata=job.file.metadata,
+        )
     except NoSkeletonError as error:
         raise NeedsModel(str(error)) from error
     stored = stored_tensors(job.base, job.revision)
@@ -324,7 +331,9 @@ def _in_model(job: _Job, folder: Path) -> _Written:
             f"{job.adapter} was started with LoftQ, and its base's files cannot be streamed. Load it in Python, and "
             "merge_and_unload()."
         )
-    model: Any = load_base(job.base, job.task, job.file.tensors, revision=job.revision).model
+    model: Any = load_base(
+        job.base, job.task, job.file.tensors, revision=job.revision, metadata=job.file.metadata
+    ).model
     tied = is_tied(model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if job.dtype is not None:

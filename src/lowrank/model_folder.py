@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank.errors import AdapterMismatchError, LowrankError, MergeError
 from lowrank.expected import PREFIX
 from lowrank.quantised_files import AnyEntry, DequantisedEntry, packed_entries
+from lowrank.task_types import TASK_HEADS
 from lowrank.tensor_files import Entry, entries
 
 # task_type in the adapter's config → transformers' class for it, and the outputs to compare
@@ -157,15 +158,16 @@ def load_base(
     *,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """The base as the adapter was trained on it: as many labels and as large a vocabulary.
 
-    tensors: the adapter's file. Its classifier decides `num_labels`, its embedding the vocabulary;
+    tensors, metadata: the adapter's file, which names the labels. Its classifier decides `num_labels`, its embedding the vocabulary;
     head tensors that the base's folder does not have take the adapter's values. What bitsandbytes packed in the
     folder is loaded as the numbers that it stands for.
     """
     config = load_config(base, revision)
-    options = _labels(config, task, tensors)
+    options = trained_options(config, task, tensors, metadata)
     if quantised_by(config) == "bitsandbytes":
         loaded = _load_dequantised(base, task, tensors, dtype, revision)
     else:
@@ -177,8 +179,7 @@ def load_base(
         if saved is not None and name in state and saved.shape == state[name].shape:
             state[name].copy_(saved)
             loaded.missing.remove(name)
-    # a pooler is random wherever such a base is loaded, and no task here has outputs of it
-    refuse_lacking(base, [name for name in loaded.missing if ".pooler." not in f".{name}"])
+    refuse_lacking(base, without_head(loaded.missing, "FEATURE_EXTRACTION"))
     return loaded
 
 
@@ -192,12 +193,22 @@ def refuse_lacking(folder: str | Path, names: list[str]) -> None:
         )
 
 
+def without_head(names: list[str], task: str, also: Sequence[str] = ()) -> list[str]:
+    """`names` of tensors that a folder lacks, but for those that are trained: the task's head, and modules `also` named.
+
+    A pooler is left out too where the task makes nothing of its outputs.
+    """
+    heads = {*TASK_HEADS.get(task, ()), *also, *(() if task == "SEQ_CLS" else ("pooler",))}
+    return [name for name in names if heads.isdisjoint(name.split("."))]
+
+
 def load_skeleton(
     base: str | Path,
     task: str,
     tensors: Mapping[str, Tensor],
     revision: str | None = None,
     dequantised: bool = False,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Any:
     """The model that `load_base` gives, on the meta device: names, shapes, modules, ties; no weights are read.
 
@@ -209,7 +220,7 @@ def load_skeleton(
         raise _quantised_error(base, by)
     if by is not None:
         del config.quantization_config
-    for name, value in _labels(config, task, tensors).items():
+    for name, value in trained_options(config, task, tensors, metadata).items():
         setattr(config, name, value)
     model = _on_meta(config, task)
     _resize_vocabulary(model, tensors)
@@ -256,7 +267,7 @@ def _load_dequantised(
             f"{base} is stored quantised, and not as safetensors: it cannot be read."
         )
     config = skeleton.config
-    for name, value in _labels(config, task, tensors).items():
+    for name, value in trained_options(config, task, tensors).items():
         setattr(config, name, value)
     held = dequantised(stored, skeleton)
     state = {
@@ -338,10 +349,23 @@ def _on_meta(config: Any, task: str) -> Any:
         ) from error
 
 
-def _labels(config: Any, task: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """`num_labels` when the classifier in the adapter's file has another number than the base's config."""
+def trained_options(
+    config: Any,
+    task: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What an adapter's file says of the base's configuration: its labels, or at least how many.
+
+    Of a file that does not name them: `num_labels` when its classifier has another number than the base's config.
+    """
     if task not in ("SEQ_CLS", "TOKEN_CLS"):
         return {}
+    named = dict((metadata or {}).get("run", {}).get("model_options", {}))
+    if named:
+        if "id2label" in named:  # JSON has no keys but strings
+            named["id2label"] = {int(i): label for i, label in named["id2label"].items()}
+        return named
     model = _on_meta(config, task)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for key, saved in tensors.items():

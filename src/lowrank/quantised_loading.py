@@ -104,6 +104,7 @@ def load_quantised(
     dtype: torch.dtype,
     device: torch.device,
     revision: str | None = None,
+    **of_config: Any,
 ) -> Any:
     """The model in `folder` on `device`, each weight rounded as it is read: the float model is never whole in memory.
 
@@ -111,11 +112,17 @@ def load_quantised(
     quantised, and of the products. Raises QuantisationError.
     """
     import lowrank.quantizer  # noqa: F401  # transformers then knows what is stored in our format
-    from lowrank.model_folder import load_config, load_model, quantised_by, refuse_lacking
+    from lowrank.model_folder import (
+        load_config,
+        load_model,
+        quantised_by,
+        refuse_lacking,
+        without_head,
+    )
 
     config = load_config(folder, revision)
     stored = quantised_by(config)
-    options: dict[str, Any] = {"device_map": {"": device}}
+    options: dict[str, Any] = {"device_map": {"": device}, **of_config}
     if quantisation is not None:
         if stored is not None:
             raise QuantisationError(
@@ -133,7 +140,7 @@ def load_quantised(
             f"{folder} is stored quantised ({stored}) and cannot be loaded{cuda}: {error}\n"
             "Name the base in 16 or 32 bits instead, and have it rounded while it is loaded: --quantize nf4."
         ) from error
-    refuse_lacking(folder, loaded.missing)
+    refuse_lacking(folder, without_head(loaded.missing, task))
     keep_all_unpacked(loaded.model)
     return loaded.model
 

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.train.rows import rows_of
 
     settings = settings_of(args)
-    found = open_read(args.data, "test", **settings.data.reading)
     task = TASKS[args.task] if args.task else task_for(args.model, args.adapter)
+    found = open_read(args.data, "test", takes=task.takes, **settings.data.reading)
     rows = rows_of(task, found)
     opened = open_model(
         args.model,
@@ -73,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
         task_type=task.task_type,
     )
     length = context_length(opened.model.config, args.max_length)
-    data = task.prepare(rows, opened.tokenizer, settings, max_length=length)
+    config = opened.model.config
+    like = {name: getattr(config, name, None) for name in ("id2label", "problem_type")}
+    data = task.prepare(rows, opened.tokenizer, settings, max_length=length, like=like)
     result = task.evaluate(opened.model, opened.tokenizer, data, settings)
     if args.json:
         what: dict[str, Any] = {"model": opened.path, "adapter": opened.adapter, "task": task.name}
@@ -115,8 +117,9 @@ def _print(opened, data, result, samples: int) -> None:
         kind = METRICS[metric]
         facts.append((kind.title, f"{value:{kind.format}} ({result.over(metric)})"))
     show(fact_table(facts))
+    marks = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text(" ")}
     for answer in result.answers[:samples]:
-        mark = Text("✓", "green") if answer.exact else Text("✗", "red")
+        mark = marks[answer.exact]
         table = Table.grid(padding=(0, 1))
         table.add_column(width=10, style="dim")
         table.add_column(overflow="fold")

@@ -1,5 +1,6 @@
 """From the words of a command line to models, tokenizers and rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -98,6 +99,14 @@ def open_model(
     tokenizer = open_tokenizer(path, revision)
     if quantisation == "as named":
         quantisation = None if adapter is None else named_quantisation(adapter, path)
+    options: dict[str, Any] = {}
+    if adapter is not None and task_type in TASK_HEADS:
+        from lowrank.adapter_file import read_adapter
+        from lowrank.model_folder import load_config, trained_options
+
+        config, file = load_config(path, revision), read_adapter(adapter)
+        options = trained_options(config, task_type, file.tensors, file.metadata)
+        options["saved"] = file.config.modules_to_save or ()
     model = open_base(
         path,
         dtype=dtype,
@@ -105,6 +114,7 @@ def open_model(
         revision=revision,
         quantisation=quantisation,
         task_type=task_type,
+        **options,
     )
     if adapter is not None:
         from lowrank import PeftModel
@@ -143,25 +153,32 @@ def open_base(
     revision: str | None = None,
     quantisation: Quantisation | None = None,
     task_type: str = "CAUSAL_LM",
+    saved: Sequence[str] = (),
     **options: Any,
 ) -> nn.Module:
     """A model of the task's class with all its weights, on its device; rounded tensor by tensor if so told.
 
-    options: of its configuration (num_labels, …). A task's head that the folder lacks is new.
+    options: of its configuration (num_labels, …). A task's head that the folder lacks is new, as are modules named in
+    `saved`, which an adapter holds.
     """
-    from lowrank.model_folder import load_config, load_model, quantised_by, refuse_lacking
+    from lowrank.model_folder import (
+        load_config,
+        load_model,
+        quantised_by,
+        refuse_lacking,
+        without_head,
+    )
 
     where = pick_device(device)
     if quantisation is None and quantised_by(load_config(path, revision)) is None:
         held = pick_dtype(dtype, where)
         loaded = load_model(path, task_type, dtype=held, revision=revision, **options)
-        heads = TASK_HEADS.get(task_type, ())
-        refuse_lacking(path, [n for n in loaded.missing if n.split(".")[0] not in heads])
+        refuse_lacking(path, without_head(loaded.missing, task_type, saved))
         return loaded.model.to(where)
     from lowrank.quantised_loading import load_quantised
 
     concrete = loaded_dtype(path, dtype, device, revision)
-    return load_quantised(path, task_type, quantisation, concrete, where, revision)
+    return load_quantised(path, task_type, quantisation, concrete, where, revision, **options)
 
 
 def named_quantisation(adapter: str, base: str) -> Quantisation | None:

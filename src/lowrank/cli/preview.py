@@ -40,41 +40,45 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.model_folder import load_config
     from lowrank.report.rows import LEGEND, row_view
     from lowrank.report.text import fact_table, show
-    from lowrank.train.encode import segments
-    from lowrank.train.rows import as_rows
+    from lowrank.train.rows import as_rows, rows_of
+    from lowrank.train.shapes import Row
     from lowrank.train.tasks import TASKS
 
     data, path = settings.data, model_path(settings.model.path or "")
     tokenizer = open_tokenizer(path, settings.model.revision)
     length = context_length(load_config(path, settings.model.revision), data.max_length)
-    found = open_read(data.train or [], "train", **data.reading)
-    named = [pair for row in found.rows[: data.limit] for pair in as_rows(row)]
     task = TASKS[settings.train.task]
+    found = open_read(data.train or [], "train", takes=task.takes, **data.reading)
+    if task.takes is Row:  # of any other shape, what could be fine-tuned on
+        named = [pair for row in found.rows[: data.limit] for pair in as_rows(row)]
+    else:
+        named = [("", row) for row in rows_of(task, found)[: data.limit]]
     encoded = task.prepare([row for _, row in named], tokenizer, settings, max_length=length)
     names = {id(row): name for name, row in named}
     shown: list[dict[str, Any]] = []
-    chosen = slice(args.skip, args.skip + args.rows)
-    for row, example in zip(encoded.rows[chosen], encoded.examples[chosen], strict=True):
-        tokens = len(example["input_ids"])
-        learnt = sum(label >= 0 for label in example["labels"][1:])
-        title = f"{learnt} of {tokens} tokens learnt, {row.where}{names[id(row)]}"
-        shown.append({"row": title, "parts": segments(example, tokenizer)})
+    for i in range(len(encoded.rows))[args.skip : args.skip + args.rows]:
+        row = encoded.rows[i]
+        for (name, example), (_, parts) in zip(
+            encoded.shown(i), encoded.parts(i, tokenizer), strict=True
+        ):
+            title = f"{row.where}{names.get(id(row), '')}{name}"
+            if encoded.learnt is None:
+                learnt = sum(label >= 0 for label in example["labels"][1:])
+                title = f"{learnt} of {len(example['input_ids'])} tokens learnt, {title}"
+            shown.append({"row": title, "parts": parts})
     if args.json:
         out = {"shapes": found.shapes, "skipped": found.skipped, "unread": found.unread}
         print(json.dumps({**out, "rows": shown}, indent=2, ensure_ascii=False))
         return 0
     template = "the chat template" if tokenizer.chat_template and data.chat_template else "none"
-    show(
-        fact_table(
-            [
-                ("shape", found_words(found)),
-                ("rows", encoded.summary),
-                ("cut at", f"{length} tokens"),
-                ("template", template),
-                ("learnt", data.loss_on),
-            ]
-        )
-    )
+    facts = [
+        ("shape", found_words(found)),
+        ("rows", encoded.summary),
+        ("cut at", f"{length} tokens"),
+        ("template", template),
+        ("learnt", data.loss_on),
+    ]
+    show(fact_table(facts[: 5 if encoded.learnt is None else 3]))
     show("")
     for row_shown in shown:
         show(row_view(row_shown["row"], row_shown["parts"]))

@@ -21,12 +21,11 @@ from lowrank.report.data import Curve, Fact, Metric, ModuleRow, RunReport, Sampl
 from lowrank.report.html import write_report
 from lowrank.report.rows import LEGEND, row_view
 from lowrank.report.words import amount
-from lowrank.train.encode import segments
 from lowrank.train.metrics import METRICS
 from lowrank.train.packing import pack
 from lowrank.train.rows import ReadData
 from lowrank.train.settings import OF_TASKS
-from lowrank.train.shapes import SHAPES
+from lowrank.train.task_shapes import shapes_for
 from lowrank.train.tasks import TASKS
 
 REPORT = Path("reports/report.html")
@@ -72,19 +71,22 @@ def data_lines(data: Data, settings: RunSettings) -> RenderableType:
         full = data.train.tokens / (count * data.train.max_length)
         table.add_row("packed", f"into {count} rows, {full:.0%} full")
     table.add_row("shape", found_words(data.found))
-    limit = f" up to {data.train.max_length} tokens a row, prompts {template}"
+    limit = f" up to {data.train.max_length} tokens a row"
+    if "data.chat_template" not in TASKS[settings.train.task].unused:
+        limit += f", prompts {template}"
     where = data.train.rows[0].where
     examples = [
-        row_view(f"{where}{name}", segments(example, data.tokenizer), limit=500)
-        for name, example in data.train.shown(0)
+        row_view(f"{where}{name}", parts, limit=500)
+        for name, parts in data.train.parts(0, data.tokenizer)
     ]
     return Group("", table, limit, "", *examples, LEGEND, "")
 
 
 def found_words(found: ReadData) -> str:
     """What the rows turned out to be, and what was left out of them."""
+    known = shapes_for(found.takes)
     shapes = ", ".join(
-        f"{name} ({', '.join(SHAPES[name].needs)})" + (f": {rows} rows" * (len(found.shapes) > 1))
+        f"{name} ({', '.join(known[name].needs)})" + (f": {rows} rows" * (len(found.shapes) > 1))
         for name, rows in found.shapes.items()
     )
     unread = f"; not read: {', '.join(found.unread)}" if found.unread else ""

@@ -256,6 +256,11 @@ def resolve(
         if values[name] is None and name not in broken:
             problems.append(f"{name} is missing: {known[name].help}. Give it as --{name} X.")
     problems += _lora_problems(values)
+    problems += [
+        f"{origin[name]}: {name} has no meaning for task {values['train.task']}: leave it out."
+        for name in getattr(TASKS.get(values["train.task"]), "unused", ())
+        if origin[name] != "default"
+    ]
     settings = None if problems else _gathered(values, origin)
     problems += misplaced(settings.train) if settings else []
     if problems or settings is None:

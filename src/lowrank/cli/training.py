@@ -71,8 +71,8 @@ def open_data(settings: RunSettings) -> Data:
     tokenizer = open_tokenizer(path, settings.model.revision)
     length = context_length(load_config(path, settings.model.revision), data.max_length)
     found, eval_found, skill_found = _all_read(
-        (data.train or [], "train", data.reading),
-        (data.eval or [], "test", data.reading),
+        (data.train or [], "train", {**data.reading, "takes": task.takes}),
+        (data.eval or [], "test", {**data.reading, "takes": task.takes}),
         (data.base_skill or [], "test", {}),
     )
     rows, eval_rows = (rows_of(task, read) for read in (found, eval_found))
@@ -83,7 +83,7 @@ def open_data(settings: RunSettings) -> Data:
     return Data(
         tokenizer,
         train,
-        task.prepare(eval_rows, tokenizer, settings, max_length=length, like=train)
+        task.prepare(eval_rows, tokenizer, settings, max_length=length, like=train.model_options)
         if eval_rows
         else None,
         encode(skill, tokenizer, max_length=length, chat_template=data.chat_template)
@@ -127,6 +127,7 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         revision=settings.model.revision,
         quantisation=quantisation,
         task_type=task.task_type,
+        saved=settings.lora["modules_to_save"] or (),
         **data.train.model_options,
     )
     base_bytes = held_bytes(model)
@@ -137,7 +138,10 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         config = LoraConfig(**settings.lora)
         targets = lowrank.plan(model, config)
         model = lowrank.get_peft_model(model, config)
-        model.run_settings = saved_with_adapter(settings)
+        model.run_settings = {
+            **saved_with_adapter(settings),
+            "model_options": data.train.model_options,
+        }
     trainable, total = count_trainable(model), count_parameters(model)[1]
     print(f" {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})\n")
     clear(folder, keep_checkpoints=checkpoint is not None)

@@ -28,23 +28,32 @@ LOGGED = (
 )
 
 
+Total = Callable[[Any, Tensor], tuple[Tensor, Any]]
+
+
+def next_tokens(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return summed_loss(outputs.logits, labels), (labels[:, 1:] != IGNORE).sum()
+
+
 class Loss:
     """The loss that training minimises, and evaluation reports.
 
     Training: nats a supervised token of the whole optimiser step, accumulated batches and other
     processes included. Evaluation: the Trainer averages batches by rows; each is scaled so that the
     average is nats a supervised token over all evaluation rows, as `evaluate.mean_loss` has it.
+
+    total: (outputs, labels) → the loss summed over a batch, and over how many items; next tokens by default.
     """
 
-    def __init__(self, evaluation: Encoded | None):
-        self.tokens_a_row = evaluation.supervised / len(evaluation.rows) if evaluation else 1.0
+    def __init__(self, evaluation: Encoded | None, total: Total = next_tokens):
+        self.total = total
+        self.items_a_row = evaluation.supervised / len(evaluation.examples) if evaluation else 1.0
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        total = summed_loss(outputs.logits, labels)
+        total, count = self.total(outputs, labels)
         if not torch.is_grad_enabled():
-            return total / (labels.shape[0] * self.tokens_a_row)
-        count = num_items_in_batch
-        loss = total / ((labels[:, 1:] != IGNORE).sum() if count is None else count)
+            return total / (labels.shape[0] * self.items_a_row)
+        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         auxiliary = getattr(outputs, "aux_loss", None)  # of a mixture of experts' router
         return loss if auxiliary is None else loss + auxiliary
 

@@ -21,13 +21,15 @@ class Encoded:
     """Rows ready for training, and what was done to them. `examples[i]` came from `rows[i]`."""
 
     examples: list[dict[str, list[int]]]  # {"input_ids", "labels"}, of equal length
-    rows: list[Row]
+    rows: list[Any]  # of the type that the task takes
     tokens: int
     supervised: int  # tokens that the loss looks at
     longest: int  # tokens in the longest example
     truncated: int  # rows cut at max_length that kept a part of their answer
     dropped: int  # rows whose whole answer lay beyond max_length
     max_length: int
+    what: str = ""  # is learnt, where it is not a share of the tokens: "77 classes"
+    learnt: list[str] | None = None  # of each example, where it is no part of its tokens
     # what the model's configuration has to say for these rows: num_labels, id2label, …
     model_options: dict[str, Any] = field(default_factory=dict)
 
@@ -35,11 +37,18 @@ class Encoded:
         """What there is to see of `rows[i]`: names and examples."""
         return [("", self.examples[i])]
 
+    def parts(self, i: int, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
+        """The same as text: names, and parts, of which True are learnt."""
+        if self.learnt is None:
+            return [(name, segments(example, tokenizer)) for name, example in self.shown(i)]
+        text = tokenizer.decode(self.examples[i]["input_ids"], clean_up_tokenization_spaces=False)
+        return [("", [(f"{text} ", False), (self.learnt[i], True)])]
+
     @property
     def summary(self) -> str:
-        share = 100 * self.supervised / self.tokens
+        what = self.what or f"{100 * self.supervised / self.tokens:.0f}% supervised"
         return (
-            f"{len(self.examples)} rows, {self.tokens} tokens ({share:.0f}% supervised), "
+            f"{len(self.examples)} rows, {self.tokens} tokens ({what}), "
             f"longest {self.longest}, truncated {self.truncated}, dropped {self.dropped}"
         )
 

@@ -12,26 +12,26 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank.train.encode import IGNORE, Encoded, pad_id, pad_right, prompt_ids
-from lowrank.train.metrics import METRICS
+from lowrank.train.metrics import METRICS, ROWS, TOKENS
 from lowrank.train.render import prompt_text
 from lowrank.train.shapes import Row
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer beside what was asked and expected."""
+    """What a model made of one row, beside what was asked and expected."""
 
     prompt: str  # as the user put it: the last message of a conversation
     expected: str
     answer: str
-    exact: bool
+    exact: bool | None  # None: the task has no right or wrong
 
 
 @dataclass(frozen=True)
 class Evaluation:
     scores: dict[str, float]  # by their names in metrics.METRICS, the headline one first
     rows: int
-    tokens: int  # that the loss looks at
+    tokens: int  # that the loss looks at; 0: it is one of rows
     answered: int  # rows that were answered; 0: the task has no answers, or generation was off
     answers: list[Answer]
 
@@ -43,7 +43,8 @@ class Evaluation:
 
     def over(self, name: str) -> str:
         """What a score was taken over, in words."""
-        return METRICS[name].over.format(**self.record)
+        words = METRICS[name].over
+        return (ROWS if words is TOKENS and not self.tokens else words).format(**self.record)
 
 
 def evaluate(
@@ -85,7 +86,7 @@ def answer_scores(answers: Sequence[Answer]) -> dict[str, float]:
     if not answers:
         return {}
     return {
-        "exact_match": _mean([float(a.exact) for a in answers]),
+        "exact_match": _mean([float(bool(a.exact)) for a in answers]),
         "rouge_l": _mean([rouge_l(a.answer, a.expected) for a in answers]),
     }
 

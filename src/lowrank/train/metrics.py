@@ -1,23 +1,34 @@
 """The numbers that tasks are measured by: how each is written, and which way is better."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+Counts = dict[str, tuple[int, int, int]]
+
+
+# what a metric is taken over: formats of an Evaluation's counts
+ROWS = "{rows} evaluation rows"
+ANSWERS = "answers to {answered} evaluation rows"
+TOKENS = "{tokens} tokens of {rows} evaluation rows"
+GREEDY = "greedy " + ANSWERS
+SAMPLED = "as in training: " + ANSWERS
 
 
 class MetricKind(NamedTuple):
     title: str
     format: str = ".3f"
     higher_is_better: bool = True
-    over: str = (
-        "{rows} evaluation rows"  # what it was taken over: a format of an Evaluation's counts
-    )
+    over: str = ROWS
 
 
-ANSWERS = "answers to {answered} evaluation rows"
-TOKENS = "{tokens} tokens of {rows} evaluation rows"
-GREEDY = "greedy " + ANSWERS
-SAMPLED = "as in training: " + ANSWERS
 # by their names in run.json
 METRICS = {
+    "accuracy": MetricKind("accuracy", ".1%"),
+    "f1_macro": MetricKind("F1, macro"),
+    "f1_micro": MetricKind("F1, micro"),
+    "pearson": MetricKind("Pearson's r"),
+    "spearman": MetricKind("Spearman's ρ"),
     "exact_match": MetricKind("exact match", ".1%", over=ANSWERS),
     "rouge_l": MetricKind("ROUGE-L", over=ANSWERS),
     "loss": MetricKind("loss", higher_is_better=False, over=TOKENS),
@@ -28,3 +39,69 @@ METRICS = {
     "reward": MetricKind("mean reward", over=GREEDY),
     "sampled_reward": MetricKind("mean reward, sampled", over=SAMPLED),
 }
+
+
+def accuracy(expected: Sequence[Any], found: Sequence[Any]) -> float:
+    return _mean([float(a == b) for a, b in zip(expected, found, strict=True)])
+
+
+def f1_macro(expected: Sequence[Iterable[str]], found: Sequence[Iterable[str]]) -> float:
+    """The mean of each label's F1, over the labels that are expected or found somewhere.
+
+    Both: for each row its labels. As scikit-learn's f1_score(average="macro").
+    """
+    counts = _counts(expected, found)
+    return _mean([_f1(*count) for count in counts.values()])
+
+
+def f1_micro(expected: Sequence[Iterable[str]], found: Sequence[Iterable[str]]) -> float:
+    """F1 over all labels of all rows together."""
+    counts = _counts(expected, found).values()
+    return _f1(*(sum(column) for column in zip(*counts, strict=True))) if counts else 0.0
+
+
+def _counts(expected: Sequence[Iterable[str]], found: Sequence[Iterable[str]]) -> Counts:
+    """Label → how often it is right, found, expected."""
+    counts: Counts = {}
+    for wanted, given in zip(expected, found, strict=True):
+        a, b = set(wanted), set(given)
+        for label in a | b:
+            right, many, meant = counts.get(label, (0, 0, 0))
+            counts[label] = (right + (label in a & b), many + (label in b), meant + (label in a))
+    return counts
+
+
+def _f1(right: int, found: int, expected: int) -> float:
+    """2·P·R / (P + R) with P = right/found and R = right/expected; 0 where nothing is right."""
+    return 2 * right / (found + expected) if found + expected else 0.0
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """Correlation; NaN where one of them is constant."""
+    mx, my = _mean(x), _mean(y)
+    over = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    under = math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
+    return over / under if under else math.nan
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Correlation of the ranks; equal values share the mean of theirs."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and values[order[end]] == values[order[start]]:
+            end += 1
+        for i in order[start:end]:
+            ranks[i] = (start + end - 1) / 2
+        start = end
+    return ranks
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

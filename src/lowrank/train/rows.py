@@ -1,7 +1,7 @@
 """Training and evaluation rows, with every bad row reported at once."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from lowrank.train.shapes import (
     missing,
     shape_of,
 )
+from lowrank.train.task_shapes import Labelled, Question, Related, Tagged, shapes_for
 from lowrank.train.tasks import TASKS, Task
 
 
@@ -32,11 +33,12 @@ from lowrank.train.tasks import TASKS, Task
 class ReadData:
     """Rows of any shape, and how they were read."""
 
-    rows: list[Row | Preference | Judged]
+    rows: list[Any]  # Row, Preference, … : of the type that a task takes
     shapes: dict[str, int]  # name of a shape -> rows that have it
     unread: list[str]  # columns that the shapes of their rows do not have
     skipped: int  # bad rows that were left out
     problems: str  # what was wrong with them
+    takes: type = Row  # what was asked for: shapes_for(takes) are those that `shapes` counts
 
 
 def read_rows(paths: Sequence[str | Path], **options: Any) -> list[Row]:
@@ -70,6 +72,10 @@ PURPOSES: dict[type, str] = {
     Row: "answers",
     Preference: "pairs of a better and a worse answer",
     Judged: "answers that are judged good or bad",
+    Labelled: "labelled texts",
+    Tagged: "tagged words",
+    Question: "questions with places of their answers",
+    Related: "texts that belong together",
 }
 
 
@@ -100,25 +106,28 @@ def read_data(
     separator: str | None = None,
     prompt_template: str | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
+    takes: type = Row,
 ) -> ReadData:
     """The rows of files, folders, datasets on disk (`datasets`) and names on the hub, in order.
 
-    shape: one of shapes.SHAPES; None: told from the columns. columns: {column in the data: name here}, or
+    takes: the type of row that a task takes, which decides what shapes there are.
+    shape: the name of one of them; None: told from the columns. columns: {column in the data: name here}, or
     the names of all columns where a table in text has no header. separator: of a table in text.
     prompt_template: Jinja over a row's columns, both names of them, in place of its prompt.
     Raises DataError with file and line of all that cannot be used; with on_bad_row="skip" only
     where a whole file cannot be read, or nothing is left.
     """
-    chosen = check_shape(shape) if shape is not None else None
+    known = shapes_for(takes)
+    chosen = check_shape(shape, known) if shape is not None else None
     header = None if columns is None or isinstance(columns, Mapping) else list(columns)
     renamed = columns if isinstance(columns, Mapping) else {}
     prompt = prompt_of(prompt_template) if prompt_template is not None else None
     problems = Problems()
-    rows: list[Row | Preference | Judged] = []
+    rows: list[Any] = []
     shapes, unread = Counter[str](), dict[str, None]()
-    for record in read_records(paths, problems, Layout(separator, header), split):
+    for record in _unnested(read_records(paths, problems, Layout(separator, header), split)):
         try:
-            found, names, row = _row(record, chosen, renamed, prompt)
+            found, names, row = _row(record, chosen or known, renamed, prompt)
         except BadRow as bad:
             problems.add(record.where, str(bad))
         else:
@@ -128,25 +137,40 @@ def read_data(
     if problems.files or (problems.found and (on_bad_row == "error" or not rows)):
         raise DataError(problems.report(len(rows)))
     report = problems.report(len(rows)) if problems.found else ""
-    return ReadData(rows, dict(shapes.most_common()), list(unread), problems.rows, report)
+    return ReadData(rows, dict(shapes.most_common()), list(unread), problems.rows, report, takes)
+
+
+def _unnested(records: Iterable[Record]) -> Iterator[Record]:
+    """A record a question, where one holds an article of SQuAD's own files: paragraphs, with questions in each."""
+    for record in records:
+        paragraphs = record.columns.get("paragraphs")
+        if not isinstance(paragraphs, list) or "context" in record.columns:
+            yield record
+            continue
+        for paragraph in paragraphs:
+            asked = paragraph.get("qas") if isinstance(paragraph, dict) else None
+            for question in asked if isinstance(asked, list) else [{}]:
+                columns = question if isinstance(question, dict) else {}
+                context = {k: paragraph[k] for k in ("context",) if k in (paragraph or {})}
+                yield Record({**context, **columns}, record.where)
 
 
 def _row(
     record: Record,
-    shape: Shape | None,
+    shape: Shape | Mapping[str, Shape],
     renamed: Mapping[str, str],
     prompt: Callable[[dict[str, Any]], str] | None,
-) -> tuple[Shape, list[str], Row | Preference | Judged]:
+) -> tuple[Shape, list[str], Any]:
     """The record's shape, the columns of which it makes nothing, and the row."""
     columns = _renamed(record.columns, renamed)
     if prompt is not None:
         columns = {**columns, "prompt": prompt({**record.columns, **columns})}
-    shape = shape or shape_of(columns)
+    shape = shape if isinstance(shape, Shape) else shape_of(columns, shape)
     if any(name not in columns for name in shape.needs):
         raise BadRow(missing(shape, columns))
     row = shape.read(columns, record.where)
     if prompt is not None:
-        if not isinstance(row.prompt, str):
+        if not isinstance(getattr(row, "prompt", None), str):
             raise BadRow(
                 f"data.prompt_template writes one prompt, and rows of {shape.name} have none"
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from lowrank.train.optimizers import OPTIMIZERS
-from lowrank.train.shapes import SHAPES
+from lowrank.train.task_shapes import SHAPE_NAMES
 from lowrank.train.tasks import TASKS, meant
 from lowrank.train.trackers import TRACKERS, known_trackers
 
@@ -50,14 +50,18 @@ class DataSettings:
     limit: Annotated[int | None, "use only the first N training rows", COUNT] = None
     shape: Annotated[
         str | None,
-        f"null: told from the columns; or {', '.join(SHAPES)}",
-        Bound(f"one of {', '.join(SHAPES)}", SHAPES.__contains__),
+        f"null: told from the columns; or {', '.join(SHAPE_NAMES)}",
+        Bound(f"one of {', '.join(SHAPE_NAMES)}", SHAPE_NAMES.__contains__),
     ] = None
     columns: Annotated[
         dict[str, str] | list[str] | None, "{question: prompt, …}; a list names those of a table"
     ] = None
     separator: Annotated[str | None, "between the columns of .csv, .tsv and .txt"] = None
     prompt_template: Annotated[str | None, "Jinja over a row's columns, for its prompt"] = None
+    problem_type: Annotated[
+        Literal["single_label_classification", "multi_label_classification", "regression"] | None,
+        "what a label is; null: as the first one looks",
+    ] = None
     on_bad_row: Annotated[Literal["error", "skip"], "what a row that cannot be used does"] = "error"
 
     @property

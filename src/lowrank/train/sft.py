@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a causal language model: transformers' Trainer underneath."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def prepare(
     settings: Sections,
     *,
     max_length: int,
-    like: Encoded | None = None,
+    like: Mapping[str, Any] | None = None,
 ) -> Encoded:
     return encode(
         rows,

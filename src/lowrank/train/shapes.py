@@ -56,7 +56,7 @@ class Judged(NamedTuple):
 class Shape(NamedTuple):
     name: str
     needs: tuple[str, ...]  # columns
-    read: Callable[[dict[str, Any], str], Row | Preference | Judged]
+    read: Callable[[dict[str, Any], str], Any]  # a row of the type that a task takes
     also: tuple[str, ...] = ()  # columns that are read where there are some
 
 
@@ -94,7 +94,10 @@ def _only_text(columns: dict[str, Any], where: str) -> Row:
 def _squad(columns: dict[str, Any], where: str) -> Row:
     context = text_of(columns, "context", filled=True)
     question = text_of(columns, "question", filled=True)
-    answer, start = _first_answer(columns["answers"])
+    answers = answers_of(columns["answers"])
+    if not answers:
+        raise BadRow("`answers` is empty: a question without an answer")
+    answer, start = answers[0]
     if start is not None and context[start : start + len(answer)] != answer:
         raise BadRow(f"`answers` says that {answer!r} is at {start} of `context`, and it is not")
     return Row(f"{context}\n\n{question}", answer, where)
@@ -189,16 +192,21 @@ ELSEWHERE = {
     "messages": ("conversation", "chat", "dialog"),
     "chosen": ("preferred", "better", "accepted"),
     "rejected": ("dispreferred", "worse"),
+    "tokens": ("words",),
+    "tags": ("ner_tags", "labels", "pos_tags"),
+    "anchor": ("query", "question", "sentence1", "premise"),
+    "positive": ("answer", "passage", "document", "sentence2", "hypothesis"),
+    "score": ("label", "similarity"),
 }
 
 
 # --- which shape ------------------------------------------------------------------------------------
 
 
-def shape_of(columns: Collection[str]) -> Shape:
-    """The one shape that rows with these columns have. Raises BadRow where none or several fit."""
+def shape_of(columns: Collection[str], shapes: Mapping[str, Shape] = SHAPES) -> Shape:
+    """The one of `shapes` that rows with these columns have. Raises BadRow where none or several fit."""
     there = set(columns)
-    fitting = [shape for shape in SHAPES.values() if there.issuperset(shape.needs)]
+    fitting = [shape for shape in shapes.values() if there.issuperset(shape.needs)]
     widest = [s for s in fitting if not any(set(s.needs) < set(other.needs) for other in fitting)]
     if len(widest) == 1:
         return widest[0]
@@ -208,7 +216,7 @@ def shape_of(columns: Collection[str]) -> Shape:
             f"its columns ({', '.join(columns)}) fit {words}: say which with data.shape, "
             "or leave columns out"
         )
-    raise BadRow(_no_shape(columns))
+    raise BadRow(_no_shape(columns, shapes))
 
 
 def missing(shape: Shape, columns: Collection[str]) -> str:
@@ -220,13 +228,13 @@ def missing(shape: Shape, columns: Collection[str]) -> str:
     return f"column {names} {verb} missing ({shape.name}); its columns: {_names(columns)}.{hint}"
 
 
-def _no_shape(columns: Collection[str]) -> str:
+def _no_shape(columns: Collection[str], shapes: Mapping[str, Shape]) -> str:
     there = set(columns)
-    shares = {s.name: len(there & set(s.needs)) / len(s.needs) for s in SHAPES.values()}
+    shares = {s.name: len(there & set(s.needs)) / len(s.needs) for s in shapes.values()}
     name, share = max(shares.items(), key=lambda item: item[1])
     if share > 0.5:
-        return missing(SHAPES[name], columns)
-    mapped = [(shape, _mapping(columns, shape)) for shape in SHAPES.values()]
+        return missing(shapes[name], columns)
+    mapped = [(shape, _mapping(columns, shape)) for shape in shapes.values()]
     best, mapping = max(mapped, key=lambda pair: (len(pair[1]), -len(pair[0].needs)))
     if mapping:
         words = ", ".join(f"{theirs}: {ours}" for theirs, ours in mapping.items())
@@ -235,10 +243,10 @@ def _no_shape(columns: Collection[str]) -> str:
             f"({', '.join(best.needs)}) map them: data.columns: {{{words}}}"
         )
     if share:
-        return missing(SHAPES[name], columns)
-    shapes = "; ".join(", ".join(shape.needs) for shape in SHAPES.values())
+        return missing(shapes[name], columns)
+    needed = "; ".join(", ".join(shape.needs) for shape in shapes.values())
     return (
-        f"no shape has these columns: {_names(columns)}. Shapes: {shapes}. Name the columns anew "
+        f"no shape has these columns: {_names(columns)}. Shapes: {needed}. Name the columns anew "
         "with data.columns"
     )
 
@@ -292,24 +300,26 @@ def _instruction(columns: Mapping[str, Any]) -> Prompt:
     return [*before, {"role": "user", "content": asked}] if before else asked
 
 
-def _first_answer(answers: Any) -> tuple[str, int | None]:
-    """The first of SQuAD's answers, and where in the context it starts."""
-    start: Any = None
+def answers_of(answers: Any) -> list[tuple[str, int | None]]:
+    """SQuAD's answers, in any of its forms, each with the character at which it starts."""
     if isinstance(answers, dict):
         texts, starts = answers.get("text"), answers.get("answer_start")
-        if isinstance(starts, list) and starts:
-            start = starts[0]
-    else:
-        texts = answers
-    if isinstance(texts, str):
-        texts = [texts]
-    if not isinstance(texts, list):
-        raise BadRow(f"`answers` should hold a list of texts, found {kind_of(texts)}")
-    if not texts:
-        raise BadRow("`answers` is empty: a question without an answer")
-    if isinstance(texts[0], dict):
-        texts, start = [texts[0].get("text")], texts[0].get("answer_start")
-    return checked_text(texts[0], "answers", filled=True), start if isinstance(start, int) else None
+        if not isinstance(texts, list):
+            raise BadRow(f"`answers` should hold a list of texts, found {kind_of(texts)}")
+        starts = starts if isinstance(starts, list) else []
+        starts = starts + [None] * (len(texts) - len(starts))
+        answers = [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=False)]
+    if isinstance(answers, str):
+        answers = [answers]
+    if not isinstance(answers, list):
+        raise BadRow(f"`answers` should hold a list of texts, found {kind_of(answers)}")
+    found = []
+    for answer in answers:
+        one = answer if isinstance(answer, dict) else {"text": answer}
+        start = one.get("answer_start")
+        start = start if isinstance(start, int) and not isinstance(start, bool) else None
+        found.append((checked_text(one.get("text"), "answers", filled=True), start))
+    return found
 
 
 def _conversation(
@@ -380,10 +390,10 @@ def _verdict(columns: Mapping[str, Any]) -> bool:
     return label
 
 
-def check_shape(name: str) -> Shape:
-    """The shape of that name. Raises DataError with the nearest."""
-    if name not in SHAPES:
+def check_shape(name: str, shapes: Mapping[str, Shape] = SHAPES) -> Shape:
+    """The one of `shapes` with that name. Raises DataError with the nearest."""
+    if name not in shapes:
         raise DataError(
-            f"data.shape {name!r} is none of {', '.join(SHAPES)}.{did_you_mean(name, SHAPES)}"
+            f"data.shape {name!r} is none of {', '.join(shapes)}.{did_you_mean(name, shapes)}"
         )
-    return SHAPES[name]
+    return shapes[name]

@@ -7,26 +7,37 @@ from typing import Any
 
 from lowrank.errors import did_you_mean
 from lowrank.train.shapes import Judged, Preference, Row
+from lowrank.train.task_shapes import Labelled
 
 
 @dataclass(frozen=True)
 class Task:
     """What a task takes, and how it is done. `settings` is anything with .data, .train and .eval."""
 
-    name: str
+    name: str  # of the row in TASKS
     task_type: str  # LoraConfig's, and the key of transformers' class in model_folder.TASKS
     about: str
     takes: type  # which rows of train/shapes.py
-    # (rows, tokenizer, settings, max_length=, like=) -> Encoded. like: the training rows, prepared, for
-    # those of evaluation; in `lowrank evaluate` None
+    # (rows, tokenizer, settings, max_length=, like=) -> Encoded. like: for rows of evaluation, the model_options
+    # of those of training, as far as they are known
     prepare: Callable[..., Any]
     # (model, tokenizer, train, evaluation or None, folder, settings, resume_from=, callbacks=) -> trainer.Training
     train: Callable[..., Any]
     # (model, tokenizer, data, settings) -> evaluate.Evaluation
     evaluate: Callable[..., Any]
+    unused: tuple[str, ...] = ()  # settings of which it makes nothing: they are refused
 
 
-def later(path: str) -> Callable[..., Any]:
+# settings for what a causal language model is given and answers
+OF_ANSWERS = ("data.loss_on", "data.chat_template", "data.prompt_template", "train.packing")
+OF_GENERATION = ("eval.max_new_tokens",)
+OF_LABELS = ("data.problem_type",)
+
+
+Functions = Callable[..., Any]
+
+
+def later(path: str) -> Functions:
     """The function "module:name", imported when it is called."""
     module, _, name = path.partition(":")
 
@@ -34,6 +45,11 @@ def later(path: str) -> Callable[..., Any]:
         return getattr(import_module(f"lowrank.train.{module}"), name)(*args, **kwargs)
 
     return call
+
+
+def functions(module: str) -> tuple[Functions, Functions, Functions]:
+    """A task's functions, of a module that has all of them."""
+    return later(f"{module}:prepare"), later(f"{module}:train"), later(f"{module}:score")
 
 
 TASKS = {
@@ -47,6 +63,7 @@ TASKS = {
             later("sft:prepare"),
             later("sft:train"),
             later("sft:score"),
+            OF_LABELS,
         ),
         Task(
             "text",
@@ -56,6 +73,15 @@ TASKS = {
             later("text:prepare"),
             later("sft:train"),
             later("text:score"),
+            (*OF_GENERATION, *OF_LABELS, "data.loss_on"),
+        ),
+        Task(
+            "sequence-classification",
+            "SEQ_CLS",
+            "a text's class, its classes, or a number",
+            Labelled,
+            *functions("classification"),
+            unused=(*OF_ANSWERS, *OF_GENERATION),
         ),
         Task(
             "dpo",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ def prepare(
     settings: Sections,
     *,
     max_length: int,
-    like: Encoded | None = None,
+    like: Mapping[str, Any] | None = None,
 ) -> Encoded:
     """`rows`, all of whose tokens are learnt, in pieces of up to `max_length` tokens.
 
