@@ -205,7 +205,7 @@ def test_a_run_from_data_to_a_merged_folder(tmp_path, capsys):
     assert found["answers"] == record["after"]["answers"]
     assert main(["merge", f"{tmp_path}/run", f"{tmp_path}/merged", "--no-verify"]) == 0
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert merged.config.label2id["give praise"] == 10
+    assert merged.config.label2id["give praise"] == 11
     capsys.readouterr()
     assert main(["evaluate", f"{tmp_path}/merged", "--data", "embedded:intents", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
