@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from lowrank import LoraConfig, PeftModel, compat, get_peft_model
 from lowrank.errors import MissingExtraError, TargetError
 from lowrank.train import on_trl
+from lowrank.train.checkpoints import newest_checkpoint
 from lowrank.train.on_trl import CLASSES, LOSSES, TaskSettingsError, trl_class
 from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings
 from lowrank.train.shapes import Judged, Preference
 from lowrank.train.tasks import TASKS
-from lowrank.train.trainer import newest_checkpoint
 
 TOKENIZER = text.byte_tokenizer()
 # a better answer is said in small letters, whatever was asked
@@ -96,7 +96,7 @@ def trained(request, tmp_path_factory):
     task, folder = request.param, tmp_path_factory.mktemp(request.param)
     model = adapted(task)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    settings = given(task, save_steps=8, eval_steps=6)
+    settings = given(task, save_steps=6, eval_steps=6)
     result = fit(task, model, folder, settings)
     return task, model, folder, start, settings, result, scores_of(task, model, settings)
 
@@ -147,7 +147,7 @@ def test_it_is_one_adapter_that_loads_again(trained, tmp_path):
 def test_resume_ends_where_the_whole_run_ended(trained, tmp_path):
     task, model, folder, _, settings, result, _ = trained
     again = adapted(task)
-    middle = folder / "checkpoint-8"
+    middle = folder / "checkpoint-6"
     resumed = fit(task, again, tmp_path, settings, resume_from=middle)
     assert resumed.steps == result.steps
     for (name, one), two in zip(model.named_parameters(), again.parameters(), strict=True):

@@ -128,7 +128,9 @@ def places_of(trainer: Any, places: Sequence[str], state: Any, batch: int) -> li
 
 
 def lengths_of(rows: Any) -> list[int] | None:
-    """Tokens of each row, where rows have `input_ids`."""
+    """Tokens of each row, where rows have a `length` or `input_ids`."""
+    if len(rows) and "length" in rows[0]:
+        return [row["length"] for row in rows]
     if not len(rows) or "input_ids" not in rows[0]:
         return None
     return [len(row["input_ids"]) for row in rows]
