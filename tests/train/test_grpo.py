@@ -35,7 +35,7 @@ def standing_in():
 
 
 def given(**options):
-    fast = {"max_steps": 20, "learning_rate": 1e-2, "batch_size": 32, "logging_steps": 4}
+    fast = {"max_steps": 20, "learning_rate": 2e-2, "batch_size": 32, "logging_steps": 4}
     own = {"reward_functions": ["final_number"], "max_completion_length": 4, "num_generations": 8}
     return Given(TrainSettings(task="grpo", **{**fast, **own, "save_steps": 10, **options}))
 
@@ -46,11 +46,11 @@ def prepared(settings, rows=SUMS, tokenizer=TOKENIZER):
 
 @pytest.fixture(scope="module")
 def guessing(tmp_path_factory):
-    """A model that answers with a number, and any number: it knows the form alone."""
+    """A model that answers with 3 or 4, and rather with 3: it knows the form alone."""
     torch.manual_seed(0)
     model = tiny.llama(vocab=text.VOCABULARY, dtype=torch.float32)
     draw = random.Random(0)
-    rows = [Row(row.prompt, f"#{draw.randint(2, 6)}", row.where) for row in SUMS for _ in range(32)]
+    rows = [Row(row.prompt, f"#{draw.choice('334')}", row.where) for row in SUMS for _ in range(32)]
     settings = TrainSettings(method="full", epochs=15, learning_rate=1e-2, batch_size=32)
     data = encode(rows, TOKENIZER, max_length=40)
     train_sft(model, TOKENIZER, data, None, tmp_path_factory.mktemp("sft"), settings)
@@ -82,11 +82,11 @@ def test_it_learns_what_is_rewarded(trained, guessing):
     data, settings = prepared(given(), SUMS * 8), given()
     before = GRPO.evaluate(adapted(guessing), TOKENIZER, data, settings).scores
     after = GRPO.evaluate(model, TOKENIZER, data, settings)
-    assert before["sampled_reward"] < 0.4
+    assert before["reward"] == 0.0
     assert after.scores["reward"] == 1.0
-    assert after.scores["sampled_reward"] > before["sampled_reward"] + 0.15
+    assert after.scores["sampled_reward"] > before["sampled_reward"] + 0.1
     rewards = [line["reward"] for line in result.history]
-    assert rewards[-1] > rewards[0] + 0.15
+    assert rewards[-1] > rewards[0] + 0.05
     assert {"reward_std", "frac_reward_zero_std", "completions/mean_length"} <= set(
         result.history[0]
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import Sampler
 
 from lowrank.errors import LowrankError, MissingExtraError, TargetError, did_you_mean, listed
 from lowrank.train.settings import Sections, TrainSettings
@@ -149,10 +148,6 @@ def trainer_on(task: str, prompt_ids: Callable[[list[str]], list[list[int]]] | N
             if task != "grpo":
                 self.processing_class = None  # else it is written into every checkpoint
 
-        def _get_train_sampler(self, *args: Any) -> Any:
-            sampler = super()._get_train_sampler(*args)
-            return PromptOrder(self, sampler) if task == "grpo" else sampler
-
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
@@ -168,21 +163,6 @@ def trainer_on(task: str, prompt_ids: Callable[[list[str]], list[list[int]]] | N
 
     OnTokens.__name__ = cls.__name__
     return OnTokens
-
-
-class PromptOrder(Sampler[int]):
-    """The order of TRL's sampler, drawn from seed and epoch alone: a resumed run has the same."""
-
-    def __init__(self, trainer: Any, sampler: Any):
-        self.trainer, self.sampler = trainer, sampler
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = int(self.trainer.state.epoch or 0)
-        self.sampler.generator.manual_seed(self.trainer.args.seed + epoch)
-        return iter(self.sampler)
 
 
 def dataset(examples: Sequence[dict[str, Any]]) -> Any:
