@@ -54,28 +54,22 @@ def gpt2(dtype=torch.float64, seed=0):
 
 
 def t5(dtype=torch.float64, seed=0, **options):
-    config = transformers.T5Config(
-        vocab_size=93,
-        d_model=24,
-        d_kv=5,
-        d_ff=40,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-        **options,
-    )
+    sizes = {
+        "vocab_size": 93,
+        "d_model": 24,
+        "d_kv": 5,
+        "d_ff": 40,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    rest = {"decoder_start_token_id": 0, "dropout_rate": 0.0}
+    config = transformers.T5Config(**{**sizes, **rest, **options})
     return _built(transformers.T5ForConditionalGeneration, config, dtype, seed)
 
 
 def bert(kind=transformers.BertForMaskedLM, dtype=torch.float64, seed=0, **options):
-    config = transformers.BertConfig(
-        **SIZES,
-        intermediate_size=40,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        **options,
-    )
+    rest = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**{**SIZES, "intermediate_size": 40, **rest, **options})
     return _built(kind, config, dtype, seed)
 
 

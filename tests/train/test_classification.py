@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lowrank import LoraConfig, PeftModel, compat, get_peft_model, read_adapter
 from lowrank.cli import main
-from lowrank.train.classification import padded_with
+from lowrank.train.heads import padded_with
 from lowrank.train.records import DataError
 from lowrank.train.rows import read_data
 from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings

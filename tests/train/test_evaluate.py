@@ -7,15 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowrank.train.answers import exact_match, longest_common_subsequence, rouge_l
 from lowrank.train.encode import IGNORE, encode, prompt_ids
 from lowrank.train.evaluate import (
     answer_rows,
     evaluate,
-    exact_match,
     generate_batch,
-    longest_common_subsequence,
     mean_loss,
-    rouge_l,
     summed_loss,
 )
 from lowrank.train.rows import Row

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 from lowrank.cli.arguments import whole
 from lowrank.cli.quantising import add_quantize, of_flags
-from lowrank.cli.settings import READING, add_flags_of, given_flags
+from lowrank.cli.settings import (
+    EVALUATING,
+    READING,
+    SettingsError,
+    add_flags_of,
+    given_flags,
+    meaningless,
+)
+from lowrank.errors import listed
 from lowrank.train.settings import DataSettings, EvalSettings, Sections, TrainSettings
 from lowrank.train.tasks import TASKS
 
@@ -25,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="the adapter's folder")
     parser.add_argument("--data", nargs="+", required=True, help="file(s), or embedded:NAME")
     parser.add_argument("--task", choices=TASKS, help="as trained, or as the model's class tells")
-    add_flags_of(parser, READING)
+    add_flags_of(parser, (*READING, *EVALUATING))
     add_numbers(parser)
     parser.add_argument(
         "--samples", type=whole(0), default=DEFAULT.samples, metavar="N", help="shown"
@@ -62,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     task = TASKS[args.task] if args.task else task_for(args.model, args.adapter)
+    if problems := meaningless((n for n in EVALUATING if hasattr(args, n)), task):
+        raise SettingsError(listed(problems))
     found = open_read(args.data, "test", takes=task.takes, **settings.data.reading)
     rows = rows_of(task, found)
     opened = open_model(
@@ -89,9 +99,13 @@ def run(args: argparse.Namespace) -> int:
 
 def settings_of(args: argparse.Namespace) -> Sections:
     """What a task is told, out of the flags."""
-    data = DataSettings(chat_template=not args.no_chat_template, **given_flags(args, READING))
-    numbers = {name: getattr(args, name) for name in ("batch_size", "generate", "max_new_tokens")}
-    return Given(data, TrainSettings(), EvalSettings(**numbers))
+    data, numbers = (
+        given_flags(args, tuple(n for n in (*READING, *EVALUATING) if n.startswith(section)))
+        for section in ("data.", "eval.")
+    )
+    data["chat_template"] = not args.no_chat_template
+    numbers |= {n: getattr(args, n) for n in ("batch_size", "generate", "max_new_tokens")}
+    return Given(DataSettings(**data), TrainSettings(), EvalSettings(**numbers))
 
 
 class Given(NamedTuple):

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -12,7 +12,7 @@ from lowrank.config import LoraConfig
 from lowrank.errors import LowrankError, did_you_mean, listed
 from lowrank.train.settings import READING as READING_NAMES
 from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings, misplaced
-from lowrank.train.tasks import TASKS
+from lowrank.train.tasks import TASKS, Task
 
 
 class SettingsError(LowrankError, ValueError):
@@ -58,6 +58,11 @@ SECTIONS: dict[str, type] = {
 }
 # how rows are read: `evaluate` and `preview` have these too
 READING = tuple(f"data.{name}" for name in READING_NAMES)
+# what `evaluate` has beside them
+EVALUATING = (
+    *("data.max_target_length", "data.doc_stride", "data.problem_type"),
+    *(f"eval.{name}" for name in ("metrics", "temperature", "top_p", "top_k", "seed")),
+)
 # settings that stand at the top of a YAML file too
 AT_THE_TOP = {"task": "train.task"}
 # where a run's start differs from LoraConfig's defaults: adapters on all linear layers
@@ -82,6 +87,7 @@ SHORT = {
     "lr": "train.learning_rate",
     "batch_size": "train.batch_size",
     "output": "output.dir",
+    "seed": "train.seed",
 }
 ELSEWHERE = {
     "alpha": "lora.lora_alpha",
@@ -256,16 +262,23 @@ def resolve(
         if values[name] is None and name not in broken:
             problems.append(f"{name} is missing: {known[name].help}. Give it as --{name} X.")
     problems += _lora_problems(values)
-    problems += [
-        f"{origin[name]}: {name} has no meaning for task {values['train.task']}: leave it out."
-        for name in getattr(TASKS.get(values["train.task"]), "unused", ())
-        if origin[name] != "default"
-    ]
+    given_names = [name for name in origin if origin[name] != "default"]
+    if values["train.task"] in TASKS:
+        problems += meaningless(given_names, TASKS[values["train.task"]])
     settings = None if problems else _gathered(values, origin)
     problems += misplaced(settings.train) if settings else []
     if problems or settings is None:
         raise SettingsError(listed(problems))
     return settings
+
+
+def meaningless(given: Iterable[str], task: Task) -> list[str]:
+    """What is wrong with settings that were given and of which the task makes nothing."""
+    return [
+        f"{name} has no meaning for task {task.name}: leave it out."
+        for name in given
+        if name in task.unused
+    ]
 
 
 def _gathered(values: Mapping[str, Any], origin: dict[str, str]) -> RunSettings:

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from lowrank.train.batches import collate_padded, outputs
-from lowrank.train.encode import Encoded, pad_id
+from lowrank.train.encode import Encoded
 from lowrank.train.evaluate import Answer, Evaluation
+from lowrank.train.heads import fit_head, padded_with
 from lowrank.train.labels import check_known, label_options, names_of
 from lowrank.train.metrics import accuracy, f1_macro, f1_micro, pearson, spearman
 from lowrank.train.records import DataError
 from lowrank.train.settings import Sections
 from lowrank.train.task_shapes import Label, Labelled
-from lowrank.train.trainer import Training, fit
+from lowrank.train.trainer import Training
 
 
 class Problem(NamedTuple):
@@ -140,23 +141,13 @@ def train(
     settings: Sections,
     **options: Any,
 ) -> Training:
-    from lowrank.train.callbacks import Loss
+    summed = PROBLEMS[train.model_options["problem_type"]].total
 
-    total = PROBLEMS[train.model_options["problem_type"]].total
-    return fit(
-        model,
-        train.examples,
-        evaluation.examples if evaluation else None,
-        output_dir,
-        settings.train,
-        settings.eval,
-        tokens=train.tokens,
-        data_collator=collate_padded(padded_with(model, tokenizer)),
-        compute_loss_func=Loss(
-            evaluation, lambda out, labels: (total(out.logits, labels), labels.numel())
-        ),
-        arguments={"label_names": ["labels"]},
-        **options,
+    def total(outputs: Any, labels: Tensor) -> tuple[Tensor, int]:
+        return summed(outputs.logits, labels), labels.numel()
+
+    return fit_head(
+        model, tokenizer, train, evaluation, output_dir, settings, total=total, **options
     )
 
 
@@ -182,14 +173,6 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
     ]
     scores = {**kind.scores(expected, found), "loss": loss / data.supervised}
     return Evaluation(scores, len(data.rows), 0, 0, answers[: settings.eval.generate])
-
-
-def padded_with(model: Any, tokenizer: Any) -> int:
-    """The id to fill up with; a causal model is told, since it looks for the last token that is another."""
-    config = model.config.get_text_config()
-    if config.pad_token_id is None:
-        config.pad_token_id = pad_id(tokenizer)
-    return config.pad_token_id
 
 
 def said(label: Label) -> str:

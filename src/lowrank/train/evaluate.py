@@ -1,8 +1,7 @@
 """What a model makes of evaluation rows: loss, perplexity, greedy answers and how right they are."""
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lowrank.train.answers import ANSWER_METRICS, exact_match
 from lowrank.train.encode import IGNORE, Encoded, pad_id, pad_right, prompt_ids
 from lowrank.train.metrics import METRICS, ROWS, TOKENS
 from lowrank.train.render import prompt_text
+from lowrank.train.settings import EvalSettings
 from lowrank.train.shapes import Row
 
 
@@ -25,6 +26,7 @@ class Answer:
     expected: str
     answer: str
     exact: bool | None  # None: the task has no right or wrong
+    sampled: str | None = None  # another one, drawn
 
 
 @dataclass(frozen=True)
@@ -56,24 +58,30 @@ def evaluate(
     generate: int = 0,
     max_new_tokens: int = 64,
     chat_template: bool = True,
+    metrics: Sequence[str] = ("exact_match", "rouge_l"),
+    sampling: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Loss over all of `data`, and greedy answers to its first `generate` rows that have a prompt."""
+    """Loss over all of `data`, and greedy answers to its first `generate` rows that have a prompt.
+
+    metrics: of answers.ANSWER_METRICS. sampling: how each row is answered once more, beside the greedy answer.
+    """
     loss, tokens = mean_loss(model, data.examples, pad_id(tokenizer), batch_size)
     asked = [row for row in data.rows if row.prompt is not None][:generate]
-    texts = answer_rows(
-        model,
-        tokenizer,
-        asked,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        chat_template=chat_template,
-    )
-    answers = [
-        Answer(asked_text(row), row.answer, text, exact_match(text, row.answer))
-        for row, text in zip(asked, texts, strict=True)
-    ]
+
+    def said(**sampled: Any) -> list[str]:
+        return answer_rows(
+            model,
+            tokenizer,
+            asked,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            chat_template=chat_template,
+            **sampled,
+        )
+
+    scores, answers = answered(asked, said, metrics, sampling)
     return Evaluation(
-        scores={**answer_scores(answers), "loss": loss, "perplexity": perplexity(loss)},
+        scores={**scores, "loss": loss, "perplexity": perplexity(loss)},
         rows=len(data.rows),
         tokens=tokens,
         answered=len(answers),
@@ -81,13 +89,44 @@ def evaluate(
     )
 
 
-def answer_scores(answers: Sequence[Answer]) -> dict[str, float]:
-    """How right generated answers are; empty without any."""
-    if not answers:
-        return {}
+def answered(
+    rows: Sequence[Row],
+    said: Callable[..., list[str]],
+    metrics: Sequence[str],
+    sampling: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, float], list[Answer]]:
+    """The scores of generated answers to `rows`, greedy, and sampled too where `sampling` says how; empty without rows.
+
+    said: options of `generate` → the answers. sampling: such options, and `seed`.
+    """
+    if not rows:
+        return {}, []
+    expected, greedy = [row.answer for row in rows], said(**GREEDY)
+    scores = {name: ANSWER_METRICS[name](greedy, expected) for name in metrics}
+    sampled: list[str | None] = [None] * len(rows)
+    if sampling is not None:
+        options = {**sampling}
+        with torch.random.fork_rng():
+            torch.manual_seed(options.pop("seed", 0))
+            found = said(do_sample=True, **options)
+        scores |= {f"sampled_{name}": ANSWER_METRICS[name](found, expected) for name in metrics}
+        sampled = [*found]
+    answers = [
+        Answer(asked_text(row), row.answer, one, exact_match(one, row.answer), other)
+        for row, one, other in zip(rows, greedy, sampled, strict=True)
+    ]
+    return scores, answers
+
+
+def sampling_of(settings: EvalSettings) -> dict[str, Any] | None:
+    """How the settings want answers sampled; None: greedy alone."""
+    if not settings.temperature:
+        return None
     return {
-        "exact_match": _mean([float(bool(a.exact)) for a in answers]),
-        "rouge_l": _mean([rouge_l(a.answer, a.expected) for a in answers]),
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "seed": settings.seed,
     }
 
 
@@ -177,33 +216,6 @@ def generate_batch(
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-def exact_match(answer: str, expected: str) -> bool:
-    """Equal apart from white space at the ends and its amount between words."""
-    return answer.split() == expected.split()
-
-
-def rouge_l(answer: str, expected: str) -> float:
-    """ROUGE-L, F1: harmonic mean of LCS/|answer| and LCS/|expected| in words (Lin 2004, §3.1, β = 1).
-
-    Words are runs of letters and digits in lower case, as in the rouge-score package, without its
-    restriction to ASCII and without stemming.
-    """
-    a, b = (re.findall(r"[^\W_]+", text.lower()) for text in (answer, expected))
-    if not a or not b:
-        return float(a == b)
-    lcs = longest_common_subsequence(a, b)
-    return 2 * lcs / (len(a) + len(b))
-
-
-def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
-
-
 def asked_text(row: Row) -> str:
     """What a reader of samples wants to see of a prompt: its last message."""
     if isinstance(row.prompt, list):
@@ -230,7 +242,3 @@ def device_of(model: nn.Module) -> torch.device:
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

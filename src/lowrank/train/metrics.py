@@ -29,8 +29,17 @@ METRICS = {
     "f1_micro": MetricKind("F1, micro"),
     "pearson": MetricKind("Pearson's r"),
     "spearman": MetricKind("Spearman's ρ"),
+    "entity_f1": MetricKind("F1 of entities"),
+    "token_accuracy": MetricKind("accuracy, of words", ".1%"),
+    "recall_at_1": MetricKind("recall@1", ".1%"),
+    "mrr": MetricKind("MRR"),
     "exact_match": MetricKind("exact match", ".1%", over=ANSWERS),
     "rouge_l": MetricKind("ROUGE-L", over=ANSWERS),
+    "rouge_1": MetricKind("ROUGE-1", over=ANSWERS),
+    "rouge_2": MetricKind("ROUGE-2", over=ANSWERS),
+    "bleu": MetricKind("BLEU", ".1f", over=ANSWERS),
+    "squad_em": MetricKind("exact match (SQuAD)", ".1%"),
+    "squad_f1": MetricKind("F1 (SQuAD)"),
     "loss": MetricKind("loss", higher_is_better=False, over=TOKENS),
     "perplexity": MetricKind("perplexity", higher_is_better=False, over=TOKENS),
     "preference_accuracy": MetricKind("preference accuracy", ".1%"),
@@ -39,10 +48,16 @@ METRICS = {
     "reward": MetricKind("mean reward", over=GREEDY),
     "sampled_reward": MetricKind("mean reward, sampled", over=SAMPLED),
 }
+# names of those in answers.ANSWER_METRICS
+OF_ANSWERS = ("exact_match", "rouge_l", "rouge_1", "rouge_2", "bleu", "squad_em", "squad_f1")
+METRICS |= {
+    f"sampled_{name}": METRICS[name]._replace(title=f"{METRICS[name].title}, sampled")
+    for name in OF_ANSWERS
+}
 
 
 def accuracy(expected: Sequence[Any], found: Sequence[Any]) -> float:
-    return _mean([float(a == b) for a, b in zip(expected, found, strict=True)])
+    return mean([float(a == b) for a, b in zip(expected, found, strict=True)])
 
 
 def f1_macro(expected: Sequence[Iterable[str]], found: Sequence[Iterable[str]]) -> float:
@@ -51,7 +66,7 @@ def f1_macro(expected: Sequence[Iterable[str]], found: Sequence[Iterable[str]]) 
     Both: for each row its labels. As scikit-learn's f1_score(average="macro").
     """
     counts = _counts(expected, found)
-    return _mean([_f1(*count) for count in counts.values()])
+    return mean([_f1(*count) for count in counts.values()])
 
 
 def f1_micro(expected: Sequence[Iterable[str]], found: Sequence[Iterable[str]]) -> float:
@@ -76,9 +91,30 @@ def _f1(right: int, found: int, expected: int) -> float:
     return 2 * right / (found + expected) if found + expected else 0.0
 
 
+def entities(tags: Sequence[str]) -> list[str]:
+    """The entities that tags name, "PER 0 2" from the first to past the last word.
+
+    An entity begins at B (or S, U), and at I where no entity of that type goes on; it ends with E, L, S or U, as
+    CoNLL's evaluation script reads tags.
+    """
+    found: list[list[Any]] = []
+    open_type = None
+    for i, tag in enumerate(tags):
+        prefix, _, kind = tag.partition("-" if tag[1:2] == "-" else "_")
+        if tag == "O":
+            open_type = None
+            continue
+        if prefix in "BSU" or kind != open_type:
+            found.append([kind, i, i + 1])
+        else:
+            found[-1][2] = i + 1
+        open_type = None if prefix in "ELSU" else kind
+    return [f"{kind} {start} {end}" for kind, start, end in found]
+
+
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     """Correlation; NaN where one of them is constant."""
-    mx, my = _mean(x), _mean(y)
+    mx, my = mean(x), mean(y)
     over = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
     under = math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
     return over / under if under else math.nan
@@ -103,5 +139,5 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return ranks
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0

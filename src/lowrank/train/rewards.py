@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.errors import LowrankError, did_you_mean
-from lowrank.train.evaluate import exact_match
+from lowrank.train.answers import exact_match
 
 # (prompts=, completions=, answer=, …) -> a number for each completion; None: no opinion
 Reward = Callable[..., Sequence[float | None]]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
+from lowrank.train.metrics import OF_ANSWERS
 from lowrank.train.optimizers import OPTIMIZERS
 from lowrank.train.task_shapes import SHAPE_NAMES
 from lowrank.train.tasks import TASKS, meant
@@ -22,6 +23,7 @@ class Bound(NamedTuple):
 POSITIVE = Bound("above 0", lambda value: value > 0)
 NOT_NEGATIVE = Bound("0 or more", lambda value: value >= 0)
 COUNT = Bound("1 or more", lambda value: value >= 1)
+SHARE_OR_ALL = Bound("above 0, up to 1", lambda value: 0 < value <= 1)
 SHARE = Bound("from 0 to below 1", lambda value: 0 <= value < 1)
 
 
@@ -58,6 +60,14 @@ class DataSettings:
     ] = None
     separator: Annotated[str | None, "between the columns of .csv, .tsv and .txt"] = None
     prompt_template: Annotated[str | None, "Jinja over a row's columns, for its prompt"] = None
+    max_target_length: Annotated[
+        int | None, "seq2seq: tokens an answer may have; null: max_length", COUNT
+    ] = None
+    doc_stride: Annotated[
+        int | None,
+        "question-answering: tokens that windows share; null: 128, a quarter at most",
+        COUNT,
+    ] = None
     problem_type: Annotated[
         Literal["single_label_classification", "multi_label_classification", "regression"] | None,
         "what a label is; null: as the first one looks",
@@ -184,6 +194,17 @@ class EvalSettings:
     generate: Annotated[int, "rows answered before and after training", NOT_NEGATIVE] = 64
     max_new_tokens: Annotated[int, "tokens an answer may have", COUNT] = 64
     samples: Annotated[int, "answers shown in the report", NOT_NEGATIVE] = 5
+    metrics: Annotated[
+        list[str] | None,
+        f"of answers, the headline one first; null: the task's; {', '.join(OF_ANSWERS)}",
+        Bound(f"of {', '.join(OF_ANSWERS)}", set(OF_ANSWERS).issuperset),
+    ] = None
+    temperature: Annotated[
+        float | None, "answer each row once more, sampled; null: greedy alone", POSITIVE
+    ] = None
+    top_p: Annotated[float, "sampling: from the likeliest tokens of this share", SHARE_OR_ALL] = 1.0
+    top_k: Annotated[int, "sampling: from so many likeliest tokens; 0: all", NOT_NEGATIVE] = 0
+    seed: Annotated[int, "of sampling", NOT_NEGATIVE] = 0
 
 
 class Sections(Protocol):

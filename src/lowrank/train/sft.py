@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.train.encode import Encoded, encode, pad_id
-from lowrank.train.evaluate import Evaluation, evaluate
+from lowrank.train.evaluate import Evaluation, evaluate, sampling_of
 from lowrank.train.packing import check_packing, collate, pack, wants_flat
 from lowrank.train.settings import EvalSettings, Sections, TrainSettings
 from lowrank.train.shapes import Row
@@ -54,6 +54,8 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
         generate=settings.eval.generate,
         max_new_tokens=settings.eval.max_new_tokens,
         chat_template=settings.data.chat_template,
+        metrics=settings.eval.metrics or ("exact_match", "rouge_l"),
+        sampling=sampling_of(settings.eval),
     )
 
 
@@ -65,11 +67,9 @@ def train_sft(
     output_dir: str | Path,
     settings: TrainSettings,
     eval_settings: EvalSettings | None = None,
-    *,
-    resume_from: str | Path | None = None,
-    callbacks: Sequence[Any] = (),
+    **options: Any,
 ) -> Training:
-    """Train what is trainable in `model`, in place: `trainer.fit` on the answers' tokens.
+    """Train what is trainable in `model`, in place: `trainer.fit`, with its `options`, on the answers' tokens.
 
     Raises what that raises, and PackingError where the model cannot keep packed rows apart.
     """
@@ -88,8 +88,7 @@ def train_sft(
         eval_settings,
         tokens=train.tokens,
         places=None if settings.packing else places,
-        resume_from=resume_from,
-        callbacks=callbacks,
         data_collator=collate(pad_id(tokenizer), wants_flat(model)),
         compute_loss_func=Loss(evaluation),
+        **options,
     )

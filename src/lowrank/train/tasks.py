@@ -7,7 +7,7 @@ from typing import Any
 
 from lowrank.errors import did_you_mean
 from lowrank.train.shapes import Judged, Preference, Row
-from lowrank.train.task_shapes import Labelled
+from lowrank.train.task_shapes import Labelled, Question, Related, Tagged
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,19 @@ class Task:
     unused: tuple[str, ...] = ()  # settings of which it makes nothing: they are refused
 
 
-# settings for what a causal language model is given and answers
-OF_ANSWERS = ("data.loss_on", "data.chat_template", "data.prompt_template", "train.packing")
-OF_GENERATION = ("eval.max_new_tokens",)
-OF_LABELS = ("data.problem_type",)
+# settings of which some tasks alone make something
+OF_PROMPTS = ("data.loss_on", "data.chat_template", "data.prompt_template", "train.packing")
+OF_ANSWERS = tuple(
+    f"eval.{name}"
+    for name in ("max_new_tokens", "metrics", "temperature", "top_p", "top_k", "seed")
+)
+OF_CLASSES, OF_DECODERS, OF_SPANS = (
+    ("data.problem_type",),
+    ("data.max_target_length",),
+    ("data.doc_stride",),
+)
+OF_HEADS = (*OF_CLASSES, *OF_DECODERS, *OF_SPANS)
+WITHOUT_ANSWERS = (*OF_PROMPTS, *OF_ANSWERS)
 
 
 Functions = Callable[..., Any]
@@ -63,7 +72,7 @@ TASKS = {
             later("sft:prepare"),
             later("sft:train"),
             later("sft:score"),
-            OF_LABELS,
+            OF_HEADS,
         ),
         Task(
             "text",
@@ -73,7 +82,7 @@ TASKS = {
             later("text:prepare"),
             later("sft:train"),
             later("text:score"),
-            (*OF_GENERATION, *OF_LABELS, "data.loss_on"),
+            (*OF_ANSWERS, *OF_HEADS, "data.loss_on"),
         ),
         Task(
             "sequence-classification",
@@ -81,7 +90,39 @@ TASKS = {
             "a text's class, its classes, or a number",
             Labelled,
             *functions("classification"),
-            unused=(*OF_ANSWERS, *OF_GENERATION),
+            unused=(*WITHOUT_ANSWERS, *OF_DECODERS, *OF_SPANS),
+        ),
+        Task(
+            "token-classification",
+            "TOKEN_CLS",
+            "a tag for each word",
+            Tagged,
+            *functions("tagging"),
+            unused=(*WITHOUT_ANSWERS, *OF_HEADS),
+        ),
+        Task(
+            "question-answering",
+            "QUESTION_ANS",
+            "where in a text the answer stands",
+            Question,
+            *functions("extractive"),
+            unused=(*WITHOUT_ANSWERS, *OF_CLASSES, *OF_DECODERS),
+        ),
+        Task(
+            "seq2seq",
+            "SEQ_2_SEQ_LM",
+            "answers of an encoder-decoder model",
+            Row,
+            *functions("seq2seq"),
+            unused=("data.loss_on", "train.packing", *OF_CLASSES, *OF_SPANS),
+        ),
+        Task(
+            "embedding",
+            "FEATURE_EXTRACTION",
+            "texts that belong together, near each other",
+            Related,
+            *functions("embedding"),
+            unused=(*WITHOUT_ANSWERS, *OF_HEADS),
         ),
         Task(
             "dpo",
