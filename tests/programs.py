@@ -26,6 +26,42 @@ OTHERS = (
     "import torch._dynamo, torch.distributed.tensor, scipy.optimize, scipy.stats, pandas, datasets"
 )
 
+# a training in the program's own process
+TRAINING = """
+import datasets, matplotlib.figure, matplotlib.backends.backend_svg
+import lowrank.cli.record, lowrank.compat, lowrank.report.text
+with lowrank.compat.standing_in():
+    from transformers import LlamaForCausalLM, TokenizersBackend, Trainer
+    import lowrank.train.resuming, lowrank.train.sft, lowrank.train.stopping
+import gc
+gc.freeze()  # a collection in a child would go through all of this
+"""
+
+# argv: number of processes, then the words of a `lowrank` command, which they run together as torchrun has it
+TOGETHER = """
+import os, socket, sys
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+size = int(sys.argv[1])
+os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+rank, others = 0, []
+for other in range(1, size):
+    others.append(os.fork())
+    if not others[-1]:
+        rank = other
+        break
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+from lowrank.cli import main
+code = main(sys.argv[2:])
+sys.stdout.flush()
+if rank:
+    os._exit(code)
+code = max([code, *(os.waitstatus_to_exitcode(os.waitpid(o, 0)[1]) for o in others)])
+os._exit(code)
+"""
+
 
 class Done(NamedTuple):
     returncode: int

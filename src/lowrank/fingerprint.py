@@ -19,6 +19,7 @@ from lowrank.errors import BaseMismatchError
 from lowrank.kernels.quantisation import block_size_of, rounded
 from lowrank.log import logger
 from lowrank.quantisation import IN_BLOCKS, Quantisation
+from lowrank.sharded import whole
 from lowrank.wrappers import lora_chains, target_path
 
 ENTRIES = 32
@@ -266,6 +267,7 @@ def sample_places(out: int, in_: int) -> tuple[Tensor, Tensor]:
 
 def sample_of(W: Tensor, quantisation: Quantisation | None = None) -> Sample:
     """What a fingerprint keeps of W (*expert, out, in); of a quantised weight, W is what it stands for."""
+    W = whole(W)
     *rows, in_ = W.shape
     row, column = sample_places(math.prod(rows), in_)
     if quantisation is None:

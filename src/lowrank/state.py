@@ -13,6 +13,7 @@ from lowrank.factors import with_rank
 from lowrank.hub import adapter_file
 from lowrank.layer import LoraLayer
 from lowrank.saved_module import ModulesToSaveWrapper
+from lowrank.sharded import whole
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import base_biases, inner, lora_chains, lora_layers, mergeable, wrappers
 
@@ -90,7 +91,7 @@ def get_peft_model_state_dict(
         raise AdapterMismatchError(
             f"state_dict lacks {len(lost)} of the adapter's {len(keys)} tensors: {lost[:3]}."
         )
-    found = {key: _whole(state[name]) for key, name in keys.items()}
+    found = {key: whole(state[name]) for key, name in keys.items()}
     for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
         found[key] = with_rank(parameter, found[key], layer.r[adapter_name], layer.experts)
     return found | {key: found[source].T for key, source in _tied_keys(model, adapter_name).items()}
@@ -351,12 +352,6 @@ def file_key(name: str, adapter_name: str) -> str:
 def _redundant(key: str) -> bool:
     """Keys that PEFT writes with bias="all" beside the same tensor under its proper key."""
     return ".original_module." in key or ".modules_to_save." in key
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded over processes, gathered; any other as it is. Collective."""
-    gather = getattr(tensor, "full_tensor", None)
-    return gather() if gather else tensor
 
 
 def _fill(model: nn.Module, name: str, parameter: Tensor, tensor: Tensor) -> None:

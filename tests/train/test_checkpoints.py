@@ -116,7 +116,7 @@ def test_an_error_in_writing_names_the_last_good_one(tmp_path):
     def fail():
         with explained(tmp_path, 20):
             staging(tmp_path, 20).mkdir()
-            raise RuntimeError("the disk is full")
+            raise RuntimeError("inline_container.cc: the disk is full")
 
     with pytest.raises(CheckpointError, match=r"step 20[\s\S]*disk is full[\s\S]*checkpoint-10"):
         fail()

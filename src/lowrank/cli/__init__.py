@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import lowrank
 from lowrank import compat
 from lowrank.errors import LowrankError, did_you_mean
+from lowrank.train.processes import one_voice
 
 # the one line of each command stands here, so that `lowrank --help` imports none of them
 COMMANDS = {
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "lowrank", f"no command {name!r}.{did_you_mean(name, COMMANDS)} See: lowrank --help"
         )
     try:
-        return _call(name, rest)
+        with one_voice():
+            return _call(name, rest)
     except LowrankError as error:
         return _fail(f"lowrank {name}", str(error))
     except BrokenPipeError:  # `lowrank plan … | head`

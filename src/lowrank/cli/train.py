@@ -15,6 +15,7 @@ from pathlib import Path
 from lowrank.cli.quantising import wanted
 from lowrank.cli.settings import ELSEWHERE as ELSEWHERE
 from lowrank.cli.settings import RunSettings, SettingsError, add_flags, resolve
+from lowrank.train import processes
 from lowrank.train.optimizers import transformers_name
 from lowrank.train.trackers import trackers
 
@@ -32,11 +33,14 @@ def run(args: argparse.Namespace) -> int:
     if args.config and args.config.suffix not in (".yaml", ".yml", ""):
         raise SettingsError(f"{args.config} is data, not settings: give it as --data {args.config}")
     settings = resolve(args.config, flags, REQUIRED)
-    folder = output_folder(settings, args.config)
-    checkpoint = resume_from(settings, folder)
     transformers_name(settings.train.optimizer)  # what is missing is said before anything is read
     trackers(settings.train.report_to)
     wanted(settings)
+    processes.sharing(settings.train)
+    processes.begin(settings.model.device)
+    folder = output_folder(settings, args.config)
+    checkpoint = resume_from(settings, folder)
+    processes.wait()  # until all have seen the folder as it was
 
     from lowrank import compat
     from lowrank.cli import publish, record, training
@@ -57,11 +61,16 @@ def run(args: argparse.Namespace) -> int:
             command = f"lowrank train {args.config or ''}".strip()
             print(f"\n {stopped}\n Go on{again}: {command} --resume")
             return stopped.status
+    if not processes.first():
+        processes.end()
+        return 0
     report = record.write(settings, folder, data, result, time.perf_counter() - started)
     publish.write_card(settings, folder, report)
     show(summary(report))
     print(f"\n {folder / record.REPORT} shows more.")
-    return publish.push(settings, folder)
+    status = publish.push(settings, folder)
+    processes.end()
+    return status
 
 
 def output_folder(settings: RunSettings, config: Path | None) -> Path:

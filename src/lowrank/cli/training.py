@@ -22,9 +22,11 @@ from lowrank.cli.settings import RunSettings, SettingsError
 from lowrank.model_folder import load_config
 from lowrank.model_size import held_bytes
 from lowrank.quantisation import Quantisation
+from lowrank.train import processes
 from lowrank.train.encode import Encoded, encode, pad_id
 from lowrank.train.evaluate import Evaluation, mean_loss
 from lowrank.train.rows import DataError, ReadData, rows_of, supervised
+from lowrank.train.saving import save
 from lowrank.train.screen import Screen
 from lowrank.train.tasks import TASKS
 from lowrank.train.trainer import Training, count_trainable
@@ -144,7 +146,9 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         }
     trainable, total = count_trainable(model), count_parameters(model)[1]
     print(f" {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})\n")
-    clear(folder, keep_checkpoints=checkpoint is not None)
+    if processes.first():
+        clear(folder, keep_checkpoints=checkpoint is not None)
+    processes.wait()
     training = task.train(
         model,
         data.tokenizer,
@@ -155,8 +159,8 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         resume_from=checkpoint,
         callbacks=[Screen()],
     )
-    model.save_pretrained(folder)
-    if settings.train.method == "full":
+    save(model, folder)
+    if settings.train.method == "full" and processes.first():
         data.tokenizer.save_pretrained(folder)
     after, skill_after = measure(model, settings, data)
     return Result(

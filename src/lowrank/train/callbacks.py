@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from lowrank.errors import LowrankWarning
 from lowrank.files import write_text
+from lowrank.train import processes
 from lowrank.train.divergence import DivergedError, GradientWatch, LossWatch, rows_words
 from lowrank.train.encode import IGNORE, Encoded
 from lowrank.train.evaluate import summed_loss
@@ -47,12 +48,15 @@ class Loss:
 
     def __init__(self, evaluation: Encoded | None, total: Total = next_tokens):
         self.total = total
-        self.items_a_row = evaluation.supervised / len(evaluation.examples) if evaluation else 1.0
+        self.items = evaluation.supervised if evaluation else 1
+        self.rows = len(evaluation.examples) if evaluation else 1
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         total, count = self.total(outputs, labels)
         if not torch.is_grad_enabled():
-            return total / (labels.shape[0] * self.items_a_row)
+            # the Trainer takes it for a share of a step's, and multiplies by the number of processes
+            many = 1 if num_items_in_batch is None else processes.count()
+            return total / (labels.shape[0] * many) * (self.rows / self.items)
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         auxiliary = getattr(outputs, "aux_loss", None)  # of a mixture of experts' router
         return loss if auxiliary is None else loss + auxiliary
@@ -86,12 +90,15 @@ class Watch(TrainerCallback):
         losses = torch.stack(self.step.losses).tolist() if self.step.losses else []
         norm = self.step.grad_norm
         self.step.losses.clear()
+        odd = [i for i, loss in enumerate(losses) if loss - loss != 0] or range(len(losses))
         problem = self.loss.problem(sum(losses))
-        if problem is None and norm is not None and float(norm) - float(norm) != 0:
-            problem = f"the gradient's norm is {float(norm)}"
+        rows = [place for batch in odd for place in self.places(state, batch)] if problem else []
+        if norm is not None and float(norm) - float(norm) != 0:  # in every process: all are here
+            given = [
+                (found, places) for found, places in processes.everyones((problem, rows)) if found
+            ]
+            problem, rows = given[0] if given else (f"the gradient's norm is {float(norm)}", [])
         if problem:
-            odd = [i for i, loss in enumerate(losses) if loss - loss != 0] or range(len(losses))
-            rows = [place for batch in odd for place in self.places(state, batch)]
             raise DivergedError(
                 f"{problem} at step {state.global_step + 1} of {state.max_steps}; training "
                 "stopped before that step changed the weights.\n"

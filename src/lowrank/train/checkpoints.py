@@ -57,7 +57,9 @@ def explained(output_dir: Path, step: int) -> Iterator[None]:
         yield
     except LowrankError:
         raise
-    except Exception as error:  # torch and safetensors each have their own for a full disk
+    except Exception as error:
+        if not _in_writing(error):
+            raise
         shutil.rmtree(staging(output_dir, step), ignore_errors=True)
         good = [path for path in _by_step(output_dir) if not problems(path)]
         free = shutil.disk_usage(output_dir).free
@@ -71,6 +73,12 @@ def explained(output_dir: Path, step: int) -> Iterator[None]:
                 else "make room, or choose another folder with --output."
             )
         ) from error
+
+
+def _in_writing(error: Exception) -> bool:
+    """Whether a file could not be written: torch and safetensors each have an error of their own for that."""
+    words = ("inline_container", "PytorchStreamWriter", "os error", "I/O error", "write")
+    return isinstance(error, OSError) or any(word in str(error) for word in words)
 
 
 def seal(folder: Path, run: Mapping[str, Any]) -> None:

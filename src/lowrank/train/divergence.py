@@ -46,36 +46,36 @@ class GradientWatch:
     """Which trainable parameters have had no gradient in any of the first GRADIENT_STEPS steps."""
 
     def __init__(self, model: nn.Module):
-        self.without = [
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        ]
+        self.model = model
+        self.without = [name for name, p in model.named_parameters() if p.requires_grad]
         self.steps = 0
 
     def problem(self, every_process: bool = False) -> str | None:
         """To be asked before each optimiser step; once, after GRADIENT_STEPS, what had none, if anything."""
-        if self.steps >= GRADIENT_STEPS:
+        if self.steps >= GRADIENT_STEPS or not self.without:
             return None
         self.steps += 1
-        has = [_has_gradient(parameter) for _, parameter in self.without]
-        if every_process and has:  # a part of a tensor may be zero where others are not
-            device = self.without[0][1].device
+        parameters = dict(self.model.named_parameters())  # FSDP puts others in their places
+        has = [_has_gradient(parameters.get(name)) for name in self.without]
+        if every_process:  # a part of a tensor may be zero where others are not
+            device = next(iter(parameters.values())).device
             flags = torch.tensor(has, dtype=torch.int32, device=device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             has = flags.bool().tolist()
-        self.without = [pair for pair, found in zip(self.without, has, strict=True) if not found]
+        self.without = [name for name, found in zip(self.without, has, strict=True) if not found]
         if self.steps < GRADIENT_STEPS or not self.without:
             return None
         return (
             f"{len(self.without)} trainable parameters had no gradient, or only zeros, in the first "
-            f"{GRADIENT_STEPS} steps: {some([name for name, _ in self.without])}.\n"
+            f"{GRADIENT_STEPS} steps: {some(self.without)}.\n"
             "Nothing is learnt there: the loss does not depend on these layers (experts that no token has met, "
             "a part of the model that the data does not reach), or something in between detaches."
         )
 
 
-def _has_gradient(parameter: nn.Parameter) -> bool:
+def _has_gradient(parameter: nn.Parameter | None) -> bool:
+    if parameter is None or hasattr(parameter, "ds_id"):  # DeepSpeed keeps gradients to itself
+        return True
     gradient = parameter.grad
     if gradient is None:
         return False

@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from lowrank.train.checkpoints import STATE, explained, install, rotate, seal, staging
+from lowrank.train.saving import save
 
 MEGABATCHES = 50  # batches whose rows are sorted together
 
@@ -85,6 +86,13 @@ def resumable(cls: type, run: Mapping[str, Any]) -> Any:
             grouped = self.args.train_sampling_strategy == "group_by_length"
             self.row_order = RowOrder(self, rows, lengths_of(rows) if grouped else None)
             return self.row_order
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            if self.is_fsdp_enabled and hasattr(self.model, "peft_config"):
+                # the Trainer would gather the base too, to write none of it
+                save(self.model, Path(output_dir or self.args.output_dir))
+            else:
+                super().save_model(output_dir, _internal_call)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             args, step = self.args, self.state.global_step

@@ -132,6 +132,8 @@ class TrainSettings:
         f"also log to {', '.join(TRACKERS)}; null: log.jsonl alone",
         Bound(f"of {', '.join(TRACKERS)}", known_trackers),
     ] = None
+    fsdp: Annotated[bool, "several GPUs share the weights (FSDP2), each holding a part"] = False
+    deepspeed: Annotated[str | None, "several GPUs: DeepSpeed's JSON file"] = None
     divergence_steps: Annotated[
         int | None,
         "stop when the loss is far above its start for so many steps; null: never",

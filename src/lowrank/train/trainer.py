@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank.bases.kinds import count_parameters
 from lowrank.errors import LowrankError, NotTrainableError
+from lowrank.train import processes
 from lowrank.train.checkpoints import (
     check_same_run,
     clean,
@@ -19,6 +20,7 @@ from lowrank.train.checkpoints import (
     of_settings,
     weights_digest,
 )
+from lowrank.train.encode import IGNORE
 from lowrank.train.memory import peak_memory, start_of_peak
 from lowrank.train.optimizers import transformers_name
 from lowrank.train.settings import EvalSettings, TrainSettings
@@ -81,18 +83,22 @@ def fit(
     check_recognised(model)
     from transformers import PrinterCallback, Trainer
 
-    from lowrank.train.callbacks import LogFile, Watch
+    from lowrank.train.callbacks import LogFile, Loss, Watch
     from lowrank.train.resuming import Finished, Whole, places_of, resumable, stopped_early
     from lowrank.train.stopping import Stopping
 
     output_dir = Path(output_dir)
+    loss = options.get("compute_loss_func")
+    if isinstance(loss, Loss) and evaluation:
+        evaluation = evened(evaluation, (eval_settings or EvalSettings()).batch_size)
+        loss.rows = len(evaluation)
     run = run_record(model, train, settings)
     early = False
     if resume_from:
         check_same_run(resume_from, run)
         early = stopped_early(Path(resume_from))
     names = trackers(settings.report_to)
-    watch, stopping = Watch(model, settings.divergence_steps), Stopping()
+    watch, stopping = Watch(model, settings.divergence_steps), Stopping(processes.first())
     log = LogFile(output_dir / "log.jsonl", append=resume_from is not None)
     with variables(names, output_dir), stopping.listening():
         trainer = _watched(resumable(trainer_class or Trainer, run), watch.step)(
@@ -104,7 +110,7 @@ def fit(
                 evaluation is not None,
                 use_cpu=next(model.parameters()).device.type == "cpu",
                 cls=arguments_class,
-                **({"report_to": names} | (arguments or {})),
+                **({"report_to": names} | processes.sharing(settings) | (arguments or {})),
             ),
             train_dataset=train,
             eval_dataset=evaluation,
@@ -116,7 +122,9 @@ def fit(
             watch.places = partial(places_of, trainer, places)
         if settings.loraplus_lr_ratio is not None:
             trainer.optimizer = _loraplus(model, trainer, settings)
-        clean(output_dir)
+        if processes.first():
+            clean(output_dir)
+        processes.wait()
         start_bytes = start_of_peak()
         try:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -146,6 +154,19 @@ def fit(
     )
 
 
+def evened(rows: Sequence[dict[str, Any]], batch: int) -> Sequence[dict[str, Any]]:
+    """`rows`, and more in which nothing is supervised, so that each process gets as many whole batches.
+
+    Rows that accelerate would give twice, to that end, would count twice.
+    """
+    missing = -len(rows) % (batch * processes.count()) if processes.count() > 1 else 0
+    if not missing:
+        return rows
+    labels = rows[0]["labels"]
+    none = [IGNORE] * len(labels) if isinstance(labels, list) else IGNORE
+    return [*rows, *[{**rows[0], "labels": none}] * missing]
+
+
 def run_record(model: nn.Module, train: Any, settings: TrainSettings) -> dict[str, Any]:
     """What a checkpoint remembers of its run, so that no other goes on from it."""
     configs = getattr(model, "peft_config", {})
@@ -156,6 +177,7 @@ def run_record(model: nn.Module, train: Any, settings: TrainSettings) -> dict[st
             for name, config in configs.items()
             for field, value in config.to_dict().items()
         },
+        "processes": processes.count(),
         "data": data_digest(train),
         "model": weights_digest(model),
     }
