@@ -77,7 +77,7 @@ def explained(output_dir: Path, step: int) -> Iterator[None]:
 
 def _in_writing(error: Exception) -> bool:
     """Whether a file could not be written: torch and safetensors each have an error of their own for that."""
-    words = ("inline_container", "PytorchStreamWriter", "os error", "I/O error", "write")
+    words = ("iostream", "inline_container", "StreamWriter", "os error", "I/O error", "write")
     return isinstance(error, OSError) or any(word in str(error) for word in words)
 
 
