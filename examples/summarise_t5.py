@@ -13,11 +13,11 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lowrank import LoraConfig, get_peft_model
-from lowrank.train.evaluate import rouge_l
+from lowrank.train.metrics import rouge_l
 
 NAMES, VERBS = ["Ann", "Bob", "Cem", "Dora", "Eva", "Finn"], ["call", "meet", "visit", "see"]
 TIMES, PLACES = ["noon", "one", "two", "six", "ten"], ["home", "work", "school", "church"]
-OTHER = ["<pad>", "</s>", "<gap>", ":", ".", ",", "will", "at", "let", "us", "fine", "with", "me", "and"]
+OTHER = ["<pad>", "</s>", "<gap>", ":", ".", ",", "will", "at", "let", "us", "fine", "with", "me", "and"]  # fmt: skip
 words = [*OTHER, *NAMES, *VERBS, *TIMES, *PLACES]
 rng = random.Random(0)
 
