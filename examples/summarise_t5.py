@@ -13,7 +13,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lowrank import LoraConfig, get_peft_model
-from lowrank.train.metrics import rouge_l
+from lowrank.train.answers import rouge_l
 
 NAMES, VERBS = ["Ann", "Bob", "Cem", "Dora", "Eva", "Finn"], ["call", "meet", "visit", "see"]
 TIMES, PLACES = ["noon", "one", "two", "six", "ten"], ["home", "work", "school", "church"]
