@@ -21,6 +21,7 @@ from lowrank.report.data import Curve, Fact, Metric, ModuleRow, RunReport, Sampl
 from lowrank.report.html import write_report
 from lowrank.report.rows import LEGEND, row_view
 from lowrank.report.words import amount
+from lowrank.train.best import Best
 from lowrank.train.metrics import METRICS
 from lowrank.train.packing import pack
 from lowrank.train.rows import ReadData
@@ -139,7 +140,7 @@ def run_report(
         title=f"{'LoRA' if lora else 'Full fine-tuning'} of {_names(settings.model.path)} "
         f"on {_names(settings.data.train)}",
         summary=f"{training.steps} steps over {len(data.train.rows)} rows "
-        f"({training.epochs:g} epochs), seed {settings.train.seed}.",
+        f"({training.epochs:g} epochs), seed {settings.train.seed}.{_kept(training.best)}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=" ".join(["lowrank", *sys.argv[1:]]),
         metrics=list(_metrics(result, lora)),
@@ -150,6 +151,7 @@ def run_report(
         total_params=training.total_params,
         costs=[
             Fact("training", f"{training.train_seconds:.1f} s", _pace(result)),
+            *([Fact("saved", f"step {training.best.step}", "the best")] if training.best else []),
             Fact("whole run", f"{seconds:.1f} s", "with loading, evaluations and saving"),
             Fact("peak memory", amount(training.peak_bytes, "B"), memory_words(training)),
             Fact("the base's weights", amount(result.base_bytes, "B"), _held(result)),
@@ -158,6 +160,14 @@ def run_report(
         settings=[Setting(*entry) for entry in settings.listing()],
         versions=versions(),
     )
+
+
+def _kept(best: Best | None) -> str:
+    """Which state was kept, where it need not be the last."""
+    if best is None:
+        return ""
+    kind = METRICS[best.metric]
+    return f" Saved is step {best.step}, the best by {kind.title} ({best.value:{kind.format}})."
 
 
 def curves(history: list[dict[str, float]], prefix: str = "") -> list[Curve]:

@@ -23,6 +23,7 @@ from lowrank.model_folder import load_config
 from lowrank.model_size import held_bytes
 from lowrank.quantisation import Quantisation
 from lowrank.train import processes
+from lowrank.train.best import check_best
 from lowrank.train.encode import Encoded, encode, pad_id
 from lowrank.train.evaluate import Evaluation, mean_loss
 from lowrank.train.rows import DataError, ReadData, rows_of, supervised
@@ -70,6 +71,7 @@ def open_data(settings: RunSettings) -> Data:
     data, path = settings.data, model_path(settings.model.path or "")
     task = TASKS[settings.train.task]
     check_skill(settings)
+    check_best(settings.train, bool(data.eval or data.eval_split))
     tokenizer = open_tokenizer(path, settings.model.revision)
     length = context_length(load_config(path, settings.model.revision), data.max_length)
     found, eval_found, skill_found = _all_read(
@@ -134,6 +136,7 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
     )
     base_bytes = held_bytes(model)
     before, skill_before = measure(model, settings, data)
+    check_best(settings.train, before is not None, before.scores if before else None)
     torch.manual_seed(settings.train.seed)  # the adapter's start
     targets: list[Any] = []
     if settings.train.method == "lora":
@@ -158,6 +161,7 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         settings,
         resume_from=checkpoint,
         callbacks=[Screen()],
+        **_measured(model, settings, data),
     )
     save(model, folder)
     if settings.train.method == "full" and processes.first():
@@ -166,6 +170,15 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
     return Result(
         targets, training, before, after, skill_before, skill_after, quantisation, base_bytes
     )
+
+
+def _measured(model: Any, settings: RunSettings, data: Data) -> dict[str, Any]:
+    """`measure` for trainer.fit, where the task's scores are wanted while it trains."""
+    wanted = settings.train.metric_for_best_model not in (None, "loss")
+    if data.eval is None or not (wanted or settings.eval.during_training):
+        return {}
+    task = TASKS[settings.train.task]
+    return {"measure": lambda: task.evaluate(model, data.tokenizer, data.eval, settings).scores}
 
 
 def saved_with_adapter(settings: RunSettings) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lowrank.train import processes
 from lowrank.train.divergence import DivergedError, GradientWatch, LossWatch, rows_words
 from lowrank.train.encode import IGNORE, Encoded
 from lowrank.train.evaluate import summed_loss
+from lowrank.train.metrics import METRICS
 
 # in log.jsonl under the Trainer's own names; what it computes beside them is left out
 LOGGED = (
@@ -137,7 +138,7 @@ class LogFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         given = logs or {}
-        names = [*LOGGED, *(f"eval_{name}" for name in LOGGED)]
+        names = [*LOGGED, *(f"eval_{name}" for name in (*LOGGED, *METRICS))]
         values = {name: given[name] for name in names if given.get(name) is not None}
         if not values:
             return

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from transformers import TrainerCallback
 
 from lowrank.train.memory import peak_memory
+from lowrank.train.metrics import METRICS
 
 # what a line shows beside the loss, and its name there
 SHOWN = {"rewards/margins": "margin", "margin": "margin", "reward": "reward"}
@@ -79,7 +80,10 @@ class Screen(TrainerCallback):
             pace = self._pace(state, "tokens/s")
             return "  ".join([where, self.loss, *more, f"lr {logs['learning_rate']:.2e}", *pace])
         if "eval_loss" in logs:
-            return f"{where}  eval loss {logs['eval_loss']:.4f}"
+            scores = {name: logs[f"eval_{name}"] for name in METRICS if f"eval_{name}" in logs}
+            scores.pop("loss", None)
+            more = [f"{METRICS[n].title} {v:{METRICS[n].format}}" for n, v in scores.items()]
+            return "  ".join([where, f"eval loss {logs['eval_loss']:.4f}", *more])
         return ""
 
     def _pace(self, state, unit: str) -> list[str]:

@@ -127,6 +127,16 @@ class TrainSettings:
     eval_steps: Annotated[int | None, "steps between evaluations; null: each epoch", COUNT] = None
     save_steps: Annotated[int | None, "steps between checkpoints; null: each epoch", COUNT] = None
     save_total_limit: Annotated[int | None, "checkpoints kept; null: all", COUNT] = 2
+    early_stopping_patience: Annotated[
+        int | None, "stop after so many evaluations that were no better; null: never", COUNT
+    ] = None
+    early_stopping_threshold: Annotated[float, "what counts as better", NOT_NEGATIVE] = 0.0
+    load_best_model_at_end: Annotated[
+        bool | None, "save the best state, not the last; null: with early stopping"
+    ] = None
+    metric_for_best_model: Annotated[
+        str | None, "loss, or one of the task's metrics; null: loss on data.eval"
+    ] = None
     report_to: Annotated[
         list[str] | str | None,
         f"also log to {', '.join(TRACKERS)}; null: log.jsonl alone",
@@ -196,6 +206,9 @@ class EvalSettings:
     generate: Annotated[int, "rows answered before and after training", NOT_NEGATIVE] = 64
     max_new_tokens: Annotated[int, "tokens an answer may have", COUNT] = 64
     samples: Annotated[int, "answers shown in the report", NOT_NEGATIVE] = 5
+    during_training: Annotated[
+        bool, "the task's metrics at each evaluation, not the loss alone"
+    ] = False
     metrics: Annotated[
         list[str] | None,
         f"of answers, the headline one first; null: the task's; {', '.join(OF_ANSWERS)}",

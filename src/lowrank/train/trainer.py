@@ -1,7 +1,7 @@
 """What every task shares of training: a Trainer of transformers or TRL, watched and measured."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from lowrank.bases.kinds import count_parameters
 from lowrank.errors import LowrankError, NotTrainableError
 from lowrank.train import processes
+from lowrank.train.best import (
+    Best,
+    arguments_for_best,
+    best_of,
+    check_best,
+    measuring,
+    stopping_early,
+)
 from lowrank.train.checkpoints import (
     check_same_run,
     clean,
@@ -50,6 +58,7 @@ class Training:
     peak_of: str  # "process": resident memory; "cuda": allocated on the device
     trainable_params: int
     total_params: int
+    best: Best | None = None  # the state that was kept; None: the last
 
 
 def fit(
@@ -67,6 +76,7 @@ def fit(
     places: Sequence[str] | None = None,
     resume_from: str | Path | None = None,
     callbacks: Sequence[Any] = (),
+    measure: Callable[[], Mapping[str, float]] | None = None,
     **options: Any,
 ) -> Training:
     """Train what is trainable in `model`, in place, with a Trainer of `trainer_class`.
@@ -75,12 +85,14 @@ def fit(
     each row of `train` comes from ("rows.jsonl:3"), for errors.
     trainer_class: transformers' Trainer, or a subclass, as TRL's are; arguments_class: of its TrainingArguments;
     arguments: for it, over those of `settings`; options: the Trainer's own (data_collator, …).
+    measure: scores of the model as it is, which each evaluation then has beside the loss.
     Writes `checkpoint-N/` and `log.jsonl` into `output_dir`; saving the result is the caller's.
     Raises NotTrainableError and NotRecognisedError before the first step; DivergedError at a step whose
     loss is not finite, with the weights as they were before that step.
     """
     trainable = count_trainable(model)
     check_recognised(model)
+    check_best(settings, evaluation is not None)
     from transformers import PrinterCallback, Trainer
 
     from lowrank.train.callbacks import LogFile, Loss, Watch
@@ -101,7 +113,8 @@ def fit(
     watch, stopping = Watch(model, settings.divergence_steps), Stopping(processes.first())
     log = LogFile(output_dir / "log.jsonl", append=resume_from is not None)
     with variables(names, output_dir), stopping.listening():
-        trainer = _watched(resumable(trainer_class or Trainer, run), watch.step)(
+        cls = measuring(resumable(trainer_class or Trainer, run), measure)
+        trainer = _watched(cls, watch.step)(
             model=model,
             args=training_arguments(
                 settings,
@@ -110,11 +123,18 @@ def fit(
                 evaluation is not None,
                 use_cpu=next(model.parameters()).device.type == "cpu",
                 cls=arguments_class,
-                **({"report_to": names} | processes.sharing(settings) | (arguments or {})),
+                **(
+                    {"report_to": names}
+                    | processes.sharing(settings)
+                    | arguments_for_best(settings)
+                    | (arguments or {})
+                ),
             ),
             train_dataset=train,
             eval_dataset=evaluation,
-            callbacks=[watch, log, *callbacks, stopping, Whole(early)],
+            callbacks=[
+                *(watch, log, *callbacks, *stopping_early(settings), stopping, Whole(early)),
+            ],
             **options,
         )
         trainer.remove_callback(PrinterCallback)
@@ -151,6 +171,7 @@ def fit(
         peak_of=peak_of,
         trainable_params=trainable,
         total_params=count_parameters(model)[1],
+        best=best_of(trainer),
     )
 
 
