@@ -139,7 +139,7 @@ def test_every_loss_of_trl(loss, guessing, tmp_path):
 def test_prompts_that_leave_no_room_are_dropped():
     data = prepared(given(max_completion_length=20), [*SUMS, Row("x" * 30, "1", "f:9")])
     assert (data.dropped, len(data.rows), data.longest) == (1, 4, 15)
-    assert data.shown(0)[0][1]["labels"] == [-100] * 15
+    assert data.parts(0, TOKENIZER) == [("", [("<|user|>0+4?<|end|>\n<|assistant|>", False)])]
     with pytest.raises(DataError, match="none of the 4 prompts leaves room for 35 tokens"):
         prepared(given(max_completion_length=35))
     with pytest.raises(DataError, match="1 of 1 rows are text without a prompt"):

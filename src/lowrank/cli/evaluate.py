@@ -22,7 +22,7 @@ from lowrank.cli.settings import (
     meaningless,
 )
 from lowrank.errors import listed
-from lowrank.train.settings import DataSettings, EvalSettings, Sections, TrainSettings
+from lowrank.train.settings import OF_TASKS, DataSettings, EvalSettings, Sections, TrainSettings
 from lowrank.train.tasks import TASKS
 
 DEFAULT = EvalSettings()
@@ -105,7 +105,19 @@ def settings_of(args: argparse.Namespace) -> Sections:
     )
     data["chat_template"] = not args.no_chat_template
     numbers |= {n: getattr(args, n) for n in ("batch_size", "generate", "max_new_tokens")}
-    return Given(DataSettings(**data), TrainSettings(), EvalSettings(**numbers))
+    train = trained_with(args.model, args.adapter)
+    return Given(DataSettings(**data), train, EvalSettings(**numbers))
+
+
+def trained_with(name: str, adapter: str | None) -> TrainSettings:
+    """What the adapter's run was told that metrics go by: beta, reward functions, …"""
+    from lowrank.adapter_file import read_adapter
+    from lowrank.cli.opening import base_and_adapter
+
+    adapter = base_and_adapter(name, adapter)[1]
+    run = {} if adapter is None else read_adapter(adapter).metadata.get("run", {})
+    names = ("seed", *OF_TASKS)
+    return TrainSettings(**{n: run[f"train.{n}"] for n in names if f"train.{n}" in run})
 
 
 class Given(NamedTuple):

@@ -27,7 +27,7 @@ def prepare(
     settings: Sections,
     *,
     max_length: int,
-    like: Preferences | None = None,
+    like: dict[str, Any] | None = None,
 ) -> Preferences:
     """Raises TaskSettingsError for settings that DPO cannot honour."""
     check_settings("dpo", settings)

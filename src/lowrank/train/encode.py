@@ -33,14 +33,10 @@ class Encoded:
     # what the model's configuration has to say for these rows: num_labels, id2label, …
     model_options: dict[str, Any] = field(default_factory=dict)
 
-    def shown(self, i: int) -> list[tuple[str, dict[str, list[int]]]]:
-        """What there is to see of `rows[i]`: names and examples."""
-        return [("", self.examples[i])]
-
     def parts(self, i: int, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
-        """The same as text: names, and parts, of which True are learnt."""
+        """What there is to see of `rows[i]`: names, and parts of a text, of which True are learnt."""
         if self.learnt is None:
-            return [(name, segments(example, tokenizer)) for name, example in self.shown(i)]
+            return [("", segments(self.examples[i], tokenizer))]
         text = tokenizer.decode(self.examples[i]["input_ids"], clean_up_tokenization_spaces=False)
         return [("", [(f"{text} ", False), (self.learnt[i], True)])]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.train.encode import IGNORE, prompt_ids
+from lowrank.train.encode import prompt_ids
 from lowrank.train.evaluate import Answer, Evaluation, answer_rows, asked_text
 from lowrank.train.on_trl import LOSSES, beta_of, check_settings, train_on_trl
 from lowrank.train.records import DataError
@@ -38,9 +38,9 @@ class Prompts:
     truncated: int = 0
     model_options: dict[str, Any] = field(default_factory=dict)
 
-    def shown(self, i: int) -> list[tuple[str, dict[str, list[int]]]]:
-        """What there is to see of `rows[i]`: names and examples."""
-        return [("", {"input_ids": self.ids[i], "labels": [IGNORE] * len(self.ids[i])})]
+    def parts(self, i: int, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
+        """What there is to see of `rows[i]`: nothing of a prompt is learnt."""
+        return [("", [(tokenizer.decode(self.ids[i], clean_up_tokenization_spaces=False), False)])]
 
     @property
     def summary(self) -> str:
@@ -56,7 +56,7 @@ def prepare(
     settings: Sections,
     *,
     max_length: int,
-    like: Prompts | None = None,
+    like: dict[str, Any] | None = None,
 ) -> Prompts:
     """The prompts of `rows`; one that leaves no room for an answer within `max_length` is dropped.
 

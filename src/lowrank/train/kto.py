@@ -30,7 +30,7 @@ def prepare(
     settings: Sections,
     *,
     max_length: int,
-    like: Preferences | None = None,
+    like: dict[str, Any] | None = None,
 ) -> Preferences:
     """Raises TaskSettingsError for settings that KTO cannot honour."""
     train, problems = settings.train, []

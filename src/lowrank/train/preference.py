@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lowrank.train.encode import IGNORE, labelled, pad_right, teaches
+from lowrank.train.encode import IGNORE, labelled, pad_right, segments, teaches
 from lowrank.train.evaluate import (
     Answer,
     Evaluation,
@@ -53,12 +53,13 @@ class Preferences:
         """All of them: chosen before rejected, row after row."""
         return [e[name] for e in self.examples for name in ANSWERS if name in e]
 
-    def shown(self, i: int) -> list[tuple[str, Example]]:
-        """What there is to see of `rows[i]`: names and examples."""
+    def parts(self, i: int, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
+        """What there is to see of `rows[i]`: names, and parts of a text, of which True are learnt."""
         example = self.examples[i]
         if "label" in example:
-            return [(f", {'good' if example['label'] else 'bad'}", example["answer"])]
-        return [(f", {name}", example[name]) for name in ("chosen", "rejected")]
+            name = ", good" if example["label"] else ", bad"
+            return [(name, segments(example["answer"], tokenizer))]
+        return [(f", {name}", segments(example[name], tokenizer)) for name in ANSWERS[:2]]
 
     @property
     def summary(self) -> str:

@@ -22,7 +22,7 @@ def prepare(
     settings: Sections,
     *,
     max_length: int,
-    like: Preferences | None = None,
+    like: dict[str, Any] | None = None,
 ) -> Preferences:
     """Raises TaskSettingsError for settings that reward models cannot honour."""
     check_settings("reward", settings)
