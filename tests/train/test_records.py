@@ -202,6 +202,8 @@ def test_files_from_the_field():
         ("alpaca", 999, "alpaca"),
         ("banking77", 10003, "text-label"),
         ("e2e", 4672, "prompt-completion"),
+        ("dpo", 300, "sharegpt-preference"),
+        ("kto", 300, "messages-kto"),
     ],
 )
 def test_settings_of_the_examples(name, rows, shape, monkeypatch):

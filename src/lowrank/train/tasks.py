@@ -41,6 +41,11 @@ OF_CLASSES, OF_DECODERS, OF_SPANS = (
 )
 OF_HEADS = (*OF_CLASSES, *OF_DECODERS, *OF_SPANS)
 WITHOUT_ANSWERS = (*OF_PROMPTS, *OF_ANSWERS)
+# of which tasks that compare whole answers make nothing
+OF_FINE_TUNING = (
+    *("data.loss_on", "train.packing", *OF_HEADS),
+    *(f"eval.{name}" for name in ("metrics", "temperature", "top_p", "top_k", "seed")),
+)
 
 
 Functions = Callable[..., Any]
@@ -129,36 +134,35 @@ TASKS = {
             "CAUSAL_LM",
             "pairs of a better and a worse answer",
             Preference,
-            later("dpo:prepare"),
-            later("dpo:train"),
-            later("dpo:score"),
+            *functions("dpo"),
+            unused=OF_FINE_TUNING,
         ),
         Task(
             "kto",
             "CAUSAL_LM",
             "answers judged good or bad",
             Judged,
-            later("kto:prepare"),
-            later("kto:train"),
-            later("kto:score"),
+            *functions("kto"),
+            unused=OF_FINE_TUNING,
         ),
         Task(
             "reward",
             "SEQ_CLS",
             "a model that scores answers, from pairs",
             Preference,
-            later("reward_model:prepare"),
-            later("reward_model:train"),
-            later("reward_model:score"),
+            *functions("reward_model"),
+            unused=(*OF_FINE_TUNING, "eval.generate", "eval.max_new_tokens"),
         ),
         Task(
             "grpo",
             "CAUSAL_LM",
             "sampled answers that reward functions score",
             Row,
-            later("grpo:prepare"),
-            later("grpo:train"),
-            later("grpo:score"),
+            *functions("grpo"),
+            unused=(
+                *OF_FINE_TUNING,
+                *("eval.max_new_tokens", "train.eval_steps", "train.group_by_length"),
+            ),
         ),
     )
 }
