@@ -77,3 +77,31 @@ def test_settings_that_do_not_go_together(tmp_path, capsys):
     )
     assert main(["import", str(path)]) == 2
     assert "do not go together" in capsys.readouterr().err
+
+
+PREFERENCES = {
+    "llama-factory": "stage: dpo\nmodel_name_or_path: a/b\nfinetuning_type: lora\nlora_rank: 4\npref_beta: 0.3\n"
+    "pref_loss: ipo\nkto_chosen_weight: 2.0\ndeepspeed: zero2.json\n",
+    "axolotl": "base_model: a/b\nadapter: lora\nlora_r: 4\nlora_alpha: 8\nmicro_batch_size: 2\nrl: grpo\n"
+    "trl: {beta: 0.01, num_generations: 4, reward_funcs: [rewards.close], use_vllm: true}\n",
+    "trl": "model_name_or_path: a/b\nuse_peft: true\ndataset_name: c/d\nbeta: 0.2\nloss_type: [hinge]\n"
+    "desirable_weight: 1.5\nreport_to: [tensorboard]\n",
+}
+WANTED = {
+    "llama-factory": {"task": "dpo", "beta": 0.3, "loss_type": "ipo", "deepspeed": "zero2.json"},
+    "axolotl": {"task": "grpo", "beta": 0.01, "num_generations": 4, "reward_functions": ["rewards.py:close"]},
+    "trl": {"task": "kto", "beta": 0.2, "desirable_weight": 1.5, "loss_type": "hinge", "report_to": ["tensorboard"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PREFERENCES)
+def test_preferences_and_rewards(program, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(PREFERENCES[program])
+    assert main(["import", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    got = {n.removeprefix("train."): s["value"] for n, s in found["settings"].items()}
+    assert {name: got[name] for name in WANTED[program]} == WANTED[program]
+    if program == "llama-factory":
+        (row,) = [row for row in found["not_translated"] if row["key"] == "kto_chosen_weight"]
+        assert (row["why"], row["matters"]) == ("of kto, and this is dpo", False)

@@ -18,6 +18,7 @@ from typing import Any
 from lowrank.cli.settings import SettingsError, known_settings, resolve
 from lowrank.cli.values import Wrong, check_value
 from lowrank.errors import LowrankError
+from lowrank.train.settings import OF_TASKS
 
 FROM = ("axolotl", "llama-factory", "trl", "mlx-lm")
 
@@ -74,10 +75,16 @@ def run(args: argparse.Namespace) -> int:
 def _accepted(config: Any) -> list[Any]:
     """What our settings take; the rest joins what was not translated."""
     known, kept = known_settings(), []
+    task = config.mapped["train.task"].value if "train.task" in config.mapped else "sft"
     for entry in config.mapped.values():
         key = entry.source.split(",")[0]
         written = config.written.get(key)
         why = "" if entry.name in known else f"lowrank has no setting {entry.name}"
+        tasks = OF_TASKS.get(entry.name.removeprefix("train."), (task,))
+        if task not in tasks:
+            if key in config.written:
+                config.miss((key,), written, f"of {', '.join(tasks)}, and this is {task}", False)
+            continue
         if not why:
             try:
                 kept.append(entry._replace(value=check_value(entry.value, known[entry.name].type)))

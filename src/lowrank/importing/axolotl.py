@@ -17,7 +17,15 @@ from lowrank.importing.rules import (
     to,
     unsupported,
 )
-from lowrank.importing.trainer import ARGUMENTS, clipping, every, max_steps, repo, scheduler
+from lowrank.importing.trainer import (
+    ARGUMENTS,
+    clipping,
+    every,
+    max_steps,
+    repo,
+    reward_functions,
+    scheduler,
+)
 
 SHARED = (
     *("output_dir", "learning_rate", "gradient_accumulation_steps", "warmup_steps", "seed"),
@@ -35,7 +43,6 @@ SHARED = (
 )
 RL = {"dpo": "dpo", "ipo": "dpo", "kto": "kto", "grpo": "grpo"}
 TEMPLATES = ("tokenizer_default",)
-BRACKETS = {"nf4": "nf4", "fp4": "fp4"}
 
 
 def adapter(value: Any, config: Config) -> dict[str, Any]:
@@ -116,13 +123,16 @@ def reward(value: Any, config: Config) -> dict[str, Any]:
 
 def trl(value: Any, config: Config) -> dict[str, Any]:
     """Axolotl's section `trl`: settings of GRPO and of preference training."""
-    names = ("beta", "num_generations", "max_completion_length", "reward_funcs", "reward_weights")
+    names = ("beta", "num_generations", "max_completion_length", "reward_weights", "temperature")
     speed = ("use_vllm", "vllm_mode", "log_completions")
     for key, held in value.items():
-        if key not in names and held not in (None, False):
+        if key not in (*names, "reward_funcs") and held not in (None, False):
             quick = key.startswith("vllm_") or key in speed
             config.miss(("trl", key), held, "a setting of TRL's that lowrank has not", not quick)
-    return {f"train.{key}": value[key] for key in names if value.get(key) is not None}
+    found = {f"train.{key}": value[key] for key in names if value.get(key) is not None}
+    if value.get("reward_funcs"):
+        found |= reward_functions(value["reward_funcs"], config)
+    return found
 
 
 def special_tokens(value: Any, config: Config) -> dict[str, Any]:

@@ -256,7 +256,7 @@ RULES: dict[str, Rule] = {
     "bf16": choice("model.dtype", {True: "bfloat16", False: "auto", "auto": "auto"}),
     "pure_bf16": choice("model.dtype", {True: "bfloat16", False: "auto"}),
     "pref_beta": to("train.beta"),
-    "pref_loss": to("train.loss_type"),
+    "pref_loss": choice("train.loss_type", {name: name for name in ("sigmoid", "hinge", "ipo")}),
     "dpo_label_smoothing": to("train.label_smoothing"),
     "kto_chosen_weight": to("train.desirable_weight"),
     "kto_rejected_weight": to("train.undesirable_weight"),

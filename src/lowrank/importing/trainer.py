@@ -13,10 +13,11 @@ from lowrank.importing.rules import (
     alike,
     choice,
     no_effect,
-    taken,
     to,
     unsupported,
+    words,
 )
+from lowrank.train.trackers import TRACKERS
 
 OPTIMIZERS = {
     "adamw_torch": "adamw",
@@ -111,6 +112,38 @@ def resume(value: Any, config: Config) -> dict[str, Any]:
     raise Unmapped("a checkpoint of another program; here a run goes on from its own with --resume")
 
 
+def trackers(value: Any, config: Config) -> dict[str, Any]:
+    names = [name for name in words(value) if name != "none"]
+    if not names:
+        return {}
+    if not set(names) <= set(TRACKERS):
+        raise Unmapped(f"of {', '.join(names)}; here: {', '.join(TRACKERS)}", matters=False)
+    return {"train.report_to": names}
+
+
+def fsdp(value: Any, config: Config) -> dict[str, Any]:
+    return {"train.fsdp": True} if value else {}
+
+
+def deepspeed(value: Any, config: Config) -> dict[str, Any]:
+    if not isinstance(value, str):
+        raise Unmapped("DeepSpeed's options in the file itself; here the name of their file", False)
+    return {"train.deepspeed": value} if value else {}
+
+
+def reward_functions(value: Any, config: Config) -> dict[str, Any]:
+    """`rewards.close` names a function in a file; here it is `rewards.py:close`."""
+    found = []
+    for name in words(value):
+        module, _, function = name.rpartition(".")
+        if not module:
+            raise Unmapped(
+                f"{name}: a function of {config.program}'s, or a model; name one of yours"
+            )
+        found.append(f"{module.replace('.', '/')}.py:{function}")
+    return {"train.reward_functions": found}
+
+
 ARGUMENTS: dict[str, Rule] = {
     "output_dir": to("output.dir"),
     "overwrite_output_dir": to("output.overwrite"),
@@ -162,13 +195,16 @@ ARGUMENTS: dict[str, Rule] = {
     "data_seed": unsupported("a seed of its own for the order of rows; train.seed is of all", ()),
     **alike(CACHE, "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory"),
     **alike(CACHE, "dataloader_persistent_workers", "dataloader_prefetch_factor"),
-    **alike(PLACE, "deepspeed", "fsdp", "fsdp_config", "ddp_timeout", "ddp_backend", "local_rank"),
+    "fsdp": fsdp,
+    "deepspeed": deepspeed,
+    "report_to": trackers,
+    **alike(PLACE, "fsdp_config", "ddp_timeout", "ddp_backend", "local_rank"),
     **alike(PLACE, "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "accelerator_config"),
     **alike(PLACE, "use_cpu", "no_cuda", "ddp_broadcast_buffers"),
     **alike(SPEED, "tf32", "torch_compile", "torch_compile_backend", "use_liger_kernel"),
     **alike(SPEED, "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "bf16_full_eval"),
     **alike(SPEED, "activation_offloading", "liger_kernel_config", "pad_to_multiple_of"),
-    **alike(TELLING, "report_to", "run_name", "logging_dir", "logging_strategy", "disable_tqdm"),
+    **alike(TELLING, "run_name", "logging_dir", "logging_strategy", "disable_tqdm"),
     **alike(TELLING, "logging_first_step", "log_level", "include_tokens_per_second", "project"),
     **alike(TELLING, "include_num_input_tokens_seen", "logging_nan_inf_filter", "trackio_space_id"),
     **alike(TELLING, "hub_strategy", "hub_token", "hub_always_push", "log_on_each_node"),
@@ -185,4 +221,3 @@ DEFAULTS: dict[str, Any] = {
     "warmup_ratio": 0.0,
     "group_by_length": False,
 }
-__all__ = ["ARGUMENTS", "DEFAULTS", "NEVER", "OPTIMIZERS", "SCHEDULERS", "taken"]

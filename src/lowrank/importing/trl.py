@@ -15,8 +15,9 @@ from lowrank.importing.rules import (
     taken,
     to,
     unsupported,
+    words,
 )
-from lowrank.importing.trainer import ARGUMENTS
+from lowrank.importing.trainer import ARGUMENTS, reward_functions
 from lowrank.importing.trainer import DEFAULTS as TRAINER_DEFAULTS
 
 # keys that only one of TRL's scripts has, the most telling first
@@ -112,6 +113,15 @@ def _reading(config: Config) -> Reading:
     return Reading(columns=columns)
 
 
+def loss_type(value: Any, config: Config) -> dict[str, Any]:
+    names = words(value)
+    if config.defaults["task"] == "sft":
+        raise Unmapped("the loss is that of the likeliest token (nll)", names != ["nll"])
+    if len(names) > 1:
+        raise Unmapped("several losses together")
+    return {"train.loss_type": names[0]}
+
+
 def length(value: Any, config: Config) -> dict[str, Any]:
     return {"data.max_length": value}
 
@@ -170,7 +180,7 @@ RULES: dict[str, Rule] = {
     "pad_token": no_effect("padding is never learnt, whichever token it is"),
     "model_init_kwargs": unsupported("options of from_pretrained"),
     "router_aux_loss_coef": router_loss,
-    "loss_type": to("train.loss_type"),
+    "loss_type": loss_type,
     "beta": to("train.beta"),
     "label_smoothing": to("train.label_smoothing"),
     "desirable_weight": to("train.desirable_weight"),
@@ -178,7 +188,7 @@ RULES: dict[str, Rule] = {
     "num_generations": to("train.num_generations"),
     "max_completion_length": to("train.max_completion_length"),
     "temperature": to("train.temperature"),
-    "reward_funcs": to("train.reward_funcs"),
+    "reward_funcs": reward_functions,
     "reward_weights": to("train.reward_weights"),
     "max_prompt_length": unsupported("a limit of prompts alone; data.max_length is of both"),
     "disable_dropout": unsupported("dropout switched off; lora.lora_dropout is as it is set"),
