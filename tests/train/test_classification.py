@@ -11,6 +11,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lowrank import LoraConfig, PeftModel, compat, get_peft_model, read_adapter
 from lowrank.cli import main
+from lowrank.cli.opening import open_base
+from lowrank.model_folder import ModelFolderError
 from lowrank.train.heads import padded_with
 from lowrank.train.records import DataError
 from lowrank.train.rows import read_data
@@ -197,7 +199,10 @@ def test_a_run_from_data_to_a_merged_folder(tmp_path, capsys):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["before"]["accuracy"] < 0.2
     assert record["after"]["accuracy"] > 0.3
-    assert "F1, macro" in (tmp_path / "run" / "reports" / "report.html").read_text()
+    report = (tmp_path / "run" / "reports" / "report.html").read_text()
+    assert "F1, macro" in report
+    assert "20 × 192" in report  # the head, which is saved whole
+    assert "nats per token" not in report
     assert main(["evaluate", f"{tmp_path}/run", "--data", "embedded:intents", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["task"] == "sequence-classification"
@@ -216,3 +221,17 @@ def test_settings_without_meaning_are_refused(capsys):
     words = ["--model", "embedded", "--data", "x", "--task", "sequence-classification", "--packing"]
     assert main(["train", *words]) == 2
     assert "train.packing has no meaning for task sequence-class" in capsys.readouterr().err
+
+
+def test_plan_has_the_head(capsys):
+    assert main(["plan", "embedded", "--task", "sequence-classification", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["modules_to_save"]) == ["score"]
+
+
+def test_a_pooler_that_would_be_random_is_refused_unless_it_is_trained(tmp_path):
+    """A BERT without one, as masked language models are saved: each loading would draw another."""
+    tiny.bert(dtype=torch.float32).save_pretrained(tmp_path)
+    where = {"dtype": "auto", "device": "cpu", "task_type": "SEQ_CLS"}
+    with pytest.raises(ModelFolderError, match="bert.pooler.dense"):
+        open_base(str(tmp_path), **where)
+    assert open_base(str(tmp_path), **where, saved=["pooler"], num_labels=3).config.num_labels == 3

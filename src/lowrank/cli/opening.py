@@ -200,20 +200,21 @@ def named_quantisation(adapter: str, base: str) -> Quantisation | None:
     return held_here(named.pop())
 
 
-def empty_model(path: str, revision: str | None = None) -> Any:
-    """A causal language model of `path`'s config on the meta device: shapes and no weights."""
-    from transformers import AutoModelForCausalLM
+def empty_model(path: str, revision: str | None = None, task_type: str = "CAUSAL_LM") -> Any:
+    """A model of the task's class, of `path`'s config, on the meta device: shapes and no weights."""
+    import transformers
 
+    from lowrank.model_folder import TASKS as CLASSES
     from lowrank.model_folder import load_config, quiet
 
-    config = load_config(path, revision)
+    config, auto = load_config(path, revision), CLASSES[task_type][0]
     with torch.device("meta"), quiet():
         try:
-            return AutoModelForCausalLM.from_config(config)
+            return getattr(transformers, auto).from_config(config)
         except ValueError:
             raise OpeningError(
                 f"{path} is a {type(config).__name__.removesuffix('Config')}, and transformers has "
-                "no causal language model of that architecture"
+                f"no {auto} of that architecture"
             ) from None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from lowrank.cli.quantising import wanted
 from lowrank.cli.settings import ELSEWHERE as ELSEWHERE
 from lowrank.cli.settings import add_flags, resolve
+from lowrank.train.tasks import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="WHAT", help="a model, or CONFIG.yaml")
     parser.add_argument("--json", action="store_true", help="every target as JSON")
     parser.add_argument("--all", action="store_true", help="every target, not grouped by name")
+    parser.add_argument("--task", dest="train.task", default=argparse.SUPPRESS, metavar="X")
     add_flags(parser, ("model", "lora"))
 
 
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     lora = LoraConfig(**settings.lora)
     path, quantisation = model_path(settings.model.path or ""), wanted(settings)
     dtype = loaded_dtype(path, settings.model.dtype, settings.model.device, settings.model.revision)
-    model = empty_model(path, settings.model.revision).to(dtype)
+    task = TASKS[settings.train.task]
+    model = empty_model(path, settings.model.revision, task.task_type).to(dtype)
     whole = held_bytes(model)
     if quantisation is not None:
         quantise_model(model, dataclasses.replace(quantisation, backend="lowrank"))

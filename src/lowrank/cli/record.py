@@ -140,13 +140,14 @@ def run_report(
         title=f"{'LoRA' if lora else 'Full fine-tuning'} of {_names(settings.model.path)} "
         f"on {_names(settings.data.train)}",
         summary=f"{training.steps} steps over {len(data.train.rows)} rows "
-        f"({training.epochs:g} epochs), seed {settings.train.seed}.{_kept(training.best)}",
+        f"({training.epochs:.3g} epochs), seed {settings.train.seed}.{_kept(training.best)}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=" ".join(["lowrank", *sys.argv[1:]]),
         metrics=list(_metrics(result, lora)),
         losses=curves(training.history),
+        losses_in="nats per token" if TASKS[settings.train.task].says else "",
         samples=_samples(result, settings.eval.samples),
-        modules=module_rows(result.targets),
+        modules=[*module_rows(result.targets), *result.heads],
         trainable_params=training.trainable_params,
         total_params=training.total_params,
         costs=[

@@ -22,6 +22,8 @@ from lowrank.cli.settings import RunSettings, SettingsError
 from lowrank.model_folder import load_config
 from lowrank.model_size import held_bytes
 from lowrank.quantisation import Quantisation
+from lowrank.report.data import ModuleRow
+from lowrank.targets import saved_modules
 from lowrank.train import processes
 from lowrank.train.best import check_best
 from lowrank.train.encode import Encoded, encode, pad_id
@@ -57,6 +59,7 @@ class Data(NamedTuple):
 
 class Result(NamedTuple):
     targets: list[Any]  # lowrank.Target; empty for full fine-tuning
+    heads: list[ModuleRow]  # what the adapter holds whole
     training: Training
     before: Evaluation | None
     after: Evaluation | None
@@ -139,9 +142,11 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
     check_best(settings.train, before is not None, before.scores if before else None)
     torch.manual_seed(settings.train.seed)  # the adapter's start
     targets: list[Any] = []
+    heads: list[ModuleRow] = []
     if settings.train.method == "lora":
         config = LoraConfig(**settings.lora)
         targets = lowrank.plan(model, config)
+        heads = head_rows(model, config)
         model = lowrank.get_peft_model(model, config)
         model.run_settings = {
             **saved_with_adapter(settings),
@@ -168,7 +173,7 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
         data.tokenizer.save_pretrained(folder)
     after, skill_after = measure(model, settings, data)
     return Result(
-        targets, training, before, after, skill_before, skill_after, quantisation, base_bytes
+        targets, heads, training, before, after, skill_before, skill_after, quantisation, base_bytes
     )
 
 
@@ -179,6 +184,18 @@ def _measured(model: Any, settings: RunSettings, data: Data) -> dict[str, Any]:
         return {}
     task = TASKS[settings.train.task]
     return {"measure": lambda: task.evaluate(model, data.tokenizer, data.eval, settings).scores}
+
+
+def head_rows(model: Any, config: LoraConfig) -> list[ModuleRow]:
+    """The modules that are trained and saved whole."""
+    rows = []
+    for path in saved_modules(model, config):
+        module = model.get_submodule(path)
+        weight = getattr(module, "weight", None)
+        shape = "" if weight is None else " × ".join(map(str, weight.shape))
+        kind, size = "saved whole", count_parameters(module)[1]
+        rows.append(ModuleRow(path.rpartition(".")[2], kind, shape, None, 1, size))
+    return rows
 
 
 def saved_with_adapter(settings: RunSettings) -> dict[str, Any]:

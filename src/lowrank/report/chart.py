@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.files import replacing
-from lowrank.report.data import Curve
+from lowrank.report.data import Curve, RunReport
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 COLOURS = ("#3b78d8", "#d9782b", "#3f9b62", "#a45bc4", "#c0504d")
@@ -30,6 +30,10 @@ def loss_chart(curves: Sequence[Curve], y_label: str = "loss, nats per token") -
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     _draw(curves, y_label, file, format="svg", transparent=True, metadata=nothing)
     return _inline(file.getvalue(), curves)
+
+
+def loss_label(data: RunReport) -> str:
+    return f"loss, {data.losses_in}" if data.losses_in else "loss"
 
 
 def loss_image(path: Path, curves: Sequence[Curve], y_label: str = "loss, nats per token") -> bool:

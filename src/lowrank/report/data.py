@@ -56,7 +56,7 @@ class ModuleRow:
     module: str  # "q_proj"
     kind: str  # the name in lowrank's table of kinds: "linear", "embedding"
     shape: str  # of the base's weight, as "out × in": "192 × 64"
-    r: int
+    r: int | None  # None: trained and saved whole
     count: int  # how many such modules
     params: int  # trainable parameters in all of them
 
@@ -88,7 +88,8 @@ class RunReport:
     created: str = ""  # ISO 8601, UTC
     command: str = ""
     metrics: list[Metric] = field(default_factory=list)
-    losses: list[Curve] = field(default_factory=list)  # nats per token
+    losses: list[Curve] = field(default_factory=list)
+    losses_in: str = "nats per token"  # "": of the task's own sort
     samples: list[Sample] = field(default_factory=list)
     modules: list[ModuleRow] = field(default_factory=list)
     trainable_params: int | None = None  # adapter, modules_to_save and biases together

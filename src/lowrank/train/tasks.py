@@ -25,6 +25,7 @@ class Task:
     train: Callable[..., Any]
     # (model, tokenizer, data, settings) -> evaluate.Evaluation
     evaluate: Callable[..., Any]
+    says: bool = True  # the loss is that of tokens, in nats
     unused: tuple[str, ...] = ()  # settings of which it makes nothing: they are refused
 
 
@@ -77,7 +78,7 @@ TASKS = {
             later("sft:prepare"),
             later("sft:train"),
             later("sft:score"),
-            OF_HEADS,
+            unused=OF_HEADS,
         ),
         Task(
             "text",
@@ -87,7 +88,7 @@ TASKS = {
             later("text:prepare"),
             later("sft:train"),
             later("text:score"),
-            (*OF_ANSWERS, *OF_HEADS, "data.loss_on"),
+            unused=(*OF_ANSWERS, *OF_HEADS, "data.loss_on"),
         ),
         Task(
             "sequence-classification",
@@ -95,6 +96,7 @@ TASKS = {
             "a text's class, its classes, or a number",
             Labelled,
             *functions("classification"),
+            says=False,
             unused=(*WITHOUT_ANSWERS, *OF_DECODERS, *OF_SPANS),
         ),
         Task(
@@ -103,6 +105,7 @@ TASKS = {
             "a tag for each word",
             Tagged,
             *functions("tagging"),
+            says=False,
             unused=(*WITHOUT_ANSWERS, *OF_HEADS),
         ),
         Task(
@@ -111,6 +114,7 @@ TASKS = {
             "where in a text the answer stands",
             Question,
             *functions("extractive"),
+            says=False,
             unused=(*WITHOUT_ANSWERS, *OF_CLASSES, *OF_DECODERS),
         ),
         Task(
@@ -127,6 +131,7 @@ TASKS = {
             "texts that belong together, near each other",
             Related,
             *functions("embedding"),
+            says=False,
             unused=(*WITHOUT_ANSWERS, *OF_HEADS),
         ),
         Task(
@@ -135,6 +140,7 @@ TASKS = {
             "pairs of a better and a worse answer",
             Preference,
             *functions("dpo"),
+            says=False,
             unused=OF_FINE_TUNING,
         ),
         Task(
@@ -143,6 +149,7 @@ TASKS = {
             "answers judged good or bad",
             Judged,
             *functions("kto"),
+            says=False,
             unused=OF_FINE_TUNING,
         ),
         Task(
@@ -151,6 +158,7 @@ TASKS = {
             "a model that scores answers, from pairs",
             Preference,
             *functions("reward_model"),
+            says=False,
             unused=(*OF_FINE_TUNING, "eval.generate", "eval.max_new_tokens"),
         ),
         Task(
@@ -159,6 +167,7 @@ TASKS = {
             "sampled answers that reward functions score",
             Row,
             *functions("grpo"),
+            says=False,
             unused=(
                 *OF_FINE_TUNING,
                 *("eval.max_new_tokens", "train.eval_steps", "train.group_by_length"),
