@@ -232,6 +232,6 @@ def test_a_pooler_that_would_be_random_is_refused_unless_it_is_trained(tmp_path)
     """A BERT without one, as masked language models are saved: each loading would draw another."""
     tiny.bert(dtype=torch.float32).save_pretrained(tmp_path)
     where = {"dtype": "auto", "device": "cpu", "task_type": "SEQ_CLS"}
-    with pytest.raises(ModelFolderError, match="bert.pooler.dense"):
+    with pytest.raises(ModelFolderError, match=r"bert\.pooler\.dense"):
         open_base(str(tmp_path), **where)
     assert open_base(str(tmp_path), **where, saved=["pooler"], num_labels=3).config.num_labels == 3
