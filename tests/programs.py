@@ -28,11 +28,12 @@ OTHERS = (
 
 # a training in the program's own process
 TRAINING = """
+import lowrank.compat
+lowrank.compat.install(override=True)
 import datasets, matplotlib.figure, matplotlib.backends.backend_svg
-import lowrank.cli.record, lowrank.compat, lowrank.report.text
-with lowrank.compat.standing_in():
-    from transformers import LlamaForCausalLM, TokenizersBackend, Trainer
-    import lowrank.train.resuming, lowrank.train.sft, lowrank.train.stopping
+from transformers import LlamaForCausalLM, TokenizersBackend, Trainer
+import lowrank.cli.record, lowrank.report.text
+import lowrank.train.resuming, lowrank.train.sft, lowrank.train.stopping
 import gc
 gc.freeze()  # a collection in a child would go through all of this
 """

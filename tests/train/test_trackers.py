@@ -91,7 +91,7 @@ def test_an_integration_gets_the_figures(tmp_path, monkeypatch):
     fake = ModuleType("trackio")
     fake.__spec__ = object()
     fake.__version__ = "1.0.0"
-    fake.init = lambda **options: logged.append({"project": options["project"]})
+    fake.init = lambda **options: logged.append({k: options[k] for k in ("project", "name")})
     fake.log = lambda values, **_: logged.append(values)
     fake.finish = lambda: ended.append(True)
     fake.config, fake.context_vars = Config(), ModuleType("context_vars")
@@ -101,6 +101,7 @@ def test_an_integration_gets_the_figures(tmp_path, monkeypatch):
     data = (encode(ROWS[:8], tokenizer, max_length=64), None)
     settings = dataclasses.replace(FAST, max_steps=2, report_to=["trackio"])
     result = fit(adapted(layers=1), tokenizer, data, tmp_path, settings)
+    assert logged[0] == {"project": "lowrank", "name": tmp_path.name}
     losses = [line["train/loss"] for line in logged if "train/loss" in line]
     assert losses == [line["loss"] for line in result.history if "loss" in line]
     assert ended == [True]

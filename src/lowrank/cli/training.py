@@ -44,6 +44,7 @@ WRITTEN = (
     "run.json",
     "loss.png",
     "reports",
+    *("tensorboard", "wandb", "mlflow.db", "trackio"),
 )
 
 

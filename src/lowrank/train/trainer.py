@@ -267,8 +267,11 @@ def training_arguments(
         "disable_tqdm": True,
         "use_cpu": use_cpu,
         "report_to": [],
+        "run_name": output_dir.name,
         "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
     }
+    if "project" in names:  # trackio's
+        given["project"] = "lowrank"
     if recompute in names:  # always named: TRL's configurations have it on
         given[recompute] = settings.gradient_checkpointing
     return cls(**(given | more))
