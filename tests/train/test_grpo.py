@@ -7,6 +7,7 @@ import pytest
 import text
 import tiny
 import torch
+import transformers
 from test_on_trl import Given
 
 from lowrank import LoraConfig, compat, get_peft_model
@@ -128,6 +129,36 @@ def test_trl_is_given_the_tokens_of_fine_tuning(guessing, monkeypatch, tmp_path)
     texts = [f"<|user|>{row.prompt}<|end|>\n<|assistant|>" for row in SUMS]
     assert set(seen) == {tuple(ids) for ids in prompt_ids(texts, TOKENIZER, templated=True)}
     assert list(model.peft_config) == ["default"]  # beta is above 0: TRL would copy the adapter
+
+
+def test_probabilities_are_those_of_the_row_alone(monkeypatch, tmp_path):
+    """GPT-2 counts positions from the edge of the batch, and prompts of other lengths stand at its right."""
+    from trl import GRPOTrainer
+
+    found, real = [], GRPOTrainer._get_per_token_logps_and_entropies
+
+    def looking(self, model, ids, mask, kept, *args, **kwargs):
+        out = real(self, model, ids, mask, kept, *args, **kwargs)
+        for i in range(0, len(ids), 8):
+            alone, n = ids[i][mask[i].bool()], int(mask[i, -kept:].sum())
+            with torch.no_grad():
+                table = torch.log_softmax(model(input_ids=alone[None]).logits[0].double(), -1)
+            expected = table[:-1].gather(1, alone[1:, None])[-n:, 0]
+            found.append(float((out[0][i][:n].detach() - expected).abs().max()))
+        return out
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", looking)
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+    tokens = {"vocab_size": text.VOCABULARY, "eos_token_id": 2, "bos_token_id": 1}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **tokens))
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = given(max_steps=1)
+    rows = [Row("1", "1", "f:1"), Row("1 and 1?", "2", "f:2"), *SUMS[:2]]
+    data = prepared(settings, rows)
+    GRPO.train(get_peft_model(model, config), TOKENIZER, data, None, tmp_path, settings)
+    assert len(found) == 4
+    assert max(found) < 1e-4
 
 
 @pytest.mark.parametrize("loss", LOSSES["grpo"][1:])

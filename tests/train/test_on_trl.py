@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank import LoraConfig, PeftModel, compat, get_peft_model
-from lowrank.errors import MissingExtraError, TargetError
+from lowrank.errors import AdapterNameError, MissingExtraError, TargetError
 from lowrank.train import on_trl
 from lowrank.train.checkpoints import newest_checkpoint
 from lowrank.train.on_trl import CLASSES, LOSSES, TaskSettingsError, trl_class
@@ -213,10 +213,31 @@ def test_gradient_checkpointing_and_the_adapters_own_dropout(tmp_path):
     assert model.get_base_model().model.layers[0].self_attn.attention_dropout == 0.4
 
 
-def test_an_adapter_on_the_head_is_refused(tmp_path):
+def test_adapters_that_trl_would_pass_by_are_refused(tmp_path):
     model = adapted(target_modules=["q_proj", "lm_head"])
     with pytest.raises(TargetError, match="cannot train an adapter on the output head"):
         fit("dpo", model, tmp_path, given("dpo"))
+    tied = tiny.llama(tied=True, vocab=text.VOCABULARY, dtype=torch.float32)
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5])
+    with pytest.raises(TargetError, match=r"leave out the embedding"):
+        fit("kto", get_peft_model(tied, config), tmp_path, given("kto"))
+    named = get_peft_model(adapted().unload(), config, adapter_name="x")
+    with pytest.raises(AdapterNameError, match="named default; this model has x"):
+        fit("dpo", named, tmp_path, given("dpo"))
+
+
+def test_the_adapters_dtype_is_not_trls_to_choose(tmp_path):
+    """TRL makes adapters on a base in 4 bits bfloat16, in which small steps are lost."""
+    model = adapted()
+    model.get_base_model().is_loaded_in_4bit = True
+    fit("dpo", model, tmp_path, given("dpo", max_steps=1))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_start_that_is_taken_out_of_the_weights_leaves_the_reference_at_the_base(tmp_path):
+    model = adapted(init_lora_weights="pissa")
+    result = fit("dpo", model, tmp_path, given("dpo", max_steps=2))
+    assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize(

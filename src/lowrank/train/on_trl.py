@@ -1,16 +1,26 @@
 """TRL's trainers on our rows: made to take tokens as they are, and no second copy of the model."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lowrank.errors import LowrankError, MissingExtraError, TargetError, did_you_mean, listed
+from lowrank.errors import (
+    AdapterNameError,
+    LowrankError,
+    MissingExtraError,
+    TargetError,
+    did_you_mean,
+    listed,
+)
+from lowrank.layer import LoraLayer
 from lowrank.train.settings import Sections, TrainSettings
 from lowrank.train.trainer import Training, fit
+from lowrank.trainable_tokens import TrainableTokensWrapper
 
 # what to name in TRL, for each task
 CLASSES = {
@@ -104,9 +114,10 @@ def train_on_trl(
     The base's own dropout is off: policy and reference have to be the same function of it, else what is
     learnt from, their difference, is noise. Raises what `fit` raises, MissingExtraError, TargetError.
     """
-    check_head(model, task)
+    check_adapted(model, task)
     trainer, configuration = trainer_on(task, prompt_ids), trl_class(task, 1)
-    with base_without_dropout(model), own_forward(model), without_noise():
+    counting = positions_by_mask(model) if task == "grpo" else nullcontext()
+    with base_without_dropout(model), own_forward(model), counting, without_noise():
         return fit(
             model,
             dataset(train.examples),
@@ -141,8 +152,11 @@ def trainer_on(task: str, prompt_ids: Callable[[list[str]], list[list[int]]] | N
                 task == "kto"
             ):  # TRL pairs rows with their neighbours; `judged_batch` does so in any order
                 args.train_sampling_strategy = "sequential"
+            trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
             super().__init__(model, args=args, **options)
             args.train_sampling_strategy = strategy
+            for parameter, value in trained:
+                parameter.data = value  # on a base in 4 bits TRL rounds adapters to bfloat16
             if "ref" in getattr(model, "peft_config", ()):
                 model.delete_adapter("ref")  # type: ignore[operator]
             if task != "grpo":
@@ -172,15 +186,21 @@ def dataset(examples: Sequence[dict[str, Any]]) -> Any:
     return Dataset.from_list(list(examples))
 
 
-def check_head(model: Any, task: str) -> None:
+def check_adapted(model: Any, task: str) -> None:
     """TRL multiplies by the head's own weight: an adapter on the head would never be trained."""
-    from lowrank.layer import LoraLayer
-
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if task in BETA and isinstance(head, LoraLayer):
+    if "default" not in getattr(model, "peft_config", ("default",)):
+        raise AdapterNameError(
+            f"train.task {task} on TRL takes the adapter that is named default; this model has "
+            f"{', '.join(model.peft_config)}"
+        )
+    if task not in BETA:  # a reward model has no head of words
+        return
+    head = model.get_output_embeddings()
+    if isinstance(head, LoraLayer | TrainableTokensWrapper):
         raise TargetError(
             f"train.task {task} cannot train an adapter on the output head: TRL takes the head's "
-            "weight past it. Leave the head out of lora.target_modules."
+            "weight past it. Leave the head out of lora.target_modules; with tied embeddings, leave "
+            "out the embedding and lora.trainable_token_indices too."
         )
 
 
@@ -217,6 +237,32 @@ def own_forward(model: Any) -> Iterator[None]:
             base.forward = before
         else:
             vars(base).pop("forward", None)
+
+
+@contextmanager
+def positions_by_mask(model: Any) -> Iterator[None]:
+    """Inside, a row's positions are counted from its first token, wherever in the batch that stands.
+
+    GRPO's prompts stand at the right, and TRL leaves the positions to the model: one that counts from the
+    batch's edge, as GPT-2 does, would be asked for other probabilities than those it sampled by.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" not in inspect.signature(type(base).forward).parameters:
+        yield
+        return
+
+    def counted(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        given = any(kwargs.get(name) is not None for name in ("position_ids", "past_key_values"))
+        if mask is not None and mask.ndim == 2 and not given:
+            kwargs = {**kwargs, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+        return args, kwargs
+
+    hook = base.register_forward_pre_hook(counted, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
