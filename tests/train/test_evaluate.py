@@ -106,6 +106,23 @@ def test_only_rows_with_a_prompt_are_answered(model, tokenizer):
     assert nothing.answers == []
 
 
+def test_other_metrics_and_samples_beside_the_greedy_answers(model, tokenizer):
+    data = encode(ROWS, tokenizer, max_length=100)
+    options = {"generate": 3, "max_new_tokens": 4, "metrics": ("squad_f1", "rouge_1")}
+    state = torch.get_rng_state()
+    plain = evaluate(model, tokenizer, data, **options)
+    drawn = [
+        evaluate(model, tokenizer, data, **options, sampling={"temperature": 5.0, "seed": seed})
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)  # training goes on as if nothing was drawn
+    assert list(plain.scores) == ["squad_f1", "rouge_1", "loss", "perplexity"]
+    assert set(drawn[0].scores) - set(plain.scores) == {"sampled_squad_f1", "sampled_rouge_1"}
+    samples = [[answer.sampled for answer in one.answers] for one in drawn]
+    assert samples[0] == samples[1] != samples[2]
+    assert [a.answer for a in drawn[0].answers] == [a.answer for a in plain.answers]
+
+
 def test_exact_match_forgives_only_white_space():
     assert exact_match(" track  a parcel\n", "track a parcel")
     assert not exact_match("Track a parcel", "track a parcel")

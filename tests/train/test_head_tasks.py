@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, BertForQuestionAnswering
 
 from lowrank import LoraConfig, compat, get_peft_model, read_adapter
+from lowrank.cli import main
 from lowrank.cli.opening import model_path, open_base, open_tokenizer
 from lowrank.embedded import dataset_path
 from lowrank.model_folder import ModelFolderError
@@ -286,6 +287,21 @@ def test_an_encoder_decoder_learns(tmp_path):
     assert after["rouge_l"] > 0.5
     again = SEQ2SEQ.evaluate(model, tokenizer, data, settings)
     assert again.scores == after  # samples are drawn by their seed
+
+
+def test_evaluate_and_generate_with_an_encoder_decoder(tmp_path, capsys):
+    tiny_t5().save_pretrained(tmp_path / "base")
+    text.byte_tokenizer(template=None).save_pretrained(tmp_path / "base")
+    rows = text.write_rows(tmp_path / "rows.jsonl", {"dialogue": "a b", "summary": "ab"})
+    words = [f"{tmp_path}/base", "--data", f"{rows}", "--max-new-tokens", "3", "--json"]
+    assert main(["evaluate", *words, "--temperature", "1.5", "--metrics", "bleu", "rouge_2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["task"] == "seq2seq"
+    assert {"bleu", "sampled_rouge_2", "loss"} <= set(found)
+    assert main(["generate", f"{tmp_path}/base", "a b", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip() == found["answers"][0]["answer"]
+    assert main(["evaluate", *words, "--doc_stride", "3"]) == 2
+    assert "data.doc_stride has no meaning for task seq2seq" in capsys.readouterr().err
 
 
 def test_the_decoder_is_given_the_answer_one_place_later_and_learns_its_end():

@@ -153,4 +153,6 @@ def _print(opened, data, result, samples: int) -> None:
         table.add_row(" asked", Text(answer.prompt.strip()))
         table.add_row(" expected", Text(answer.expected))
         table.add_row(Text(" ").append_text(mark).append(" answer"), Text(answer.answer))
+        if answer.sampled is not None:
+            table.add_row(" sampled", Text(answer.sampled))
         show(table)

@@ -50,28 +50,39 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from lowrank.cli.opening import open_model
+    from lowrank.cli.opening import base_and_adapter, model_path, open_model
+    from lowrank.model_folder import load_config
     from lowrank.train.encode import prompt_ids
-    from lowrank.train.evaluate import generate_batch
+    from lowrank.train.evaluate import GREEDY, generate_batch
     from lowrank.train.render import prompt_text
+    from lowrank.train.seq2seq import generated
 
+    base = load_config(model_path(base_and_adapter(args.model, args.adapter)[0]))
+    decodes = bool(getattr(base, "is_encoder_decoder", False))
     opened = open_model(
         args.model,
         args.adapter,
         dtype=args.dtype,
         device=args.device,
         quantisation=of_flags(args),
+        task_type="SEQ_2_SEQ_LM" if decodes else "CAUSAL_LM",
     )
     template = bool(opened.tokenizer.chat_template) and not args.no_chat_template
     turns = [{"role": "user", "content": prompt}]
     if args.system:
         turns.insert(0, {"role": "system", "content": args.system})
     asked = prompt_text(turns if template or args.system else prompt, opened.tokenizer, template)
-    ids = prompt_ids([asked], opened.tokenizer, template)
     sampling = {}
     if args.temperature:
         torch.manual_seed(args.seed)
         sampling = {"do_sample": True, "temperature": args.temperature}
         sampling |= {} if args.top_p is None else {"top_p": args.top_p}
-    print(generate_batch(opened.model, opened.tokenizer, ids, args.max_new_tokens, **sampling)[0])
+    model, tokenizer, most = opened.model, opened.tokenizer, args.max_new_tokens
+    if decodes:
+        ids = tokenizer([asked])["input_ids"]
+        said = generated(model, tokenizer, ids, 1, most, **(sampling or GREEDY))
+    else:
+        ids = prompt_ids([asked], tokenizer, template)
+        said = generate_batch(model, tokenizer, ids, most, **sampling)
+    print(said[0])
     return 0
