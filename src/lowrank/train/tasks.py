@@ -171,6 +171,10 @@ TASKS = {
             unused=(
                 *OF_FINE_TUNING,
                 *("eval.max_new_tokens", "train.eval_steps", "train.group_by_length"),
+                # it is evaluated before and after, not while it trains
+                *("eval.during_training", "train.early_stopping_patience"),
+                *("train.early_stopping_threshold", "train.load_best_model_at_end"),
+                "train.metric_for_best_model",
             ),
         ),
     )
