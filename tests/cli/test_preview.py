@@ -65,3 +65,24 @@ def test_bad_rows_are_named_or_counted(folder, capsys):
     assert "bad.jsonl:4: no shape has these columns" in err
     assert preview(folder, "bad.jsonl", "--on_bad_row", "skip") == 0
     assert "skipped 2 bad lines (2 good)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("dpo", {"prompt": "Say", "chosen": "yes", "rejected": "no"}, ["chosen", "⟦no"]),
+        ("kto", {"prompt": "Say", "completion": "yes", "label": True}, ["good", "⟦yes"]),
+        ("grpo", {"prompt": "Say", "completion": "yes"}, ["Say"]),
+    ],
+)
+def test_rows_of_preference_and_reinforcement(task, row, words, folder, tmp_path, capsys):
+    rows = text.write_rows(tmp_path / "rows.jsonl", row)
+    config = tmp_path / "run.yaml"
+    reward = "train: {reward_functions: exact_match}" if task == "grpo" else ""
+    config.write_text(
+        f"task: {task}\nmodel: {{path: {folder}/base}}\ndata: {{train: {rows}}}\n{reward}\n"
+    )
+    assert main(["preview", str(config)]) == 0
+    out = capsys.readouterr().out
+    for word in words:
+        assert word in out

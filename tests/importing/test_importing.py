@@ -214,6 +214,7 @@ def test_what_a_file_of_trl_is_for(keys, task, rate, tmp_path):
         ("max_grad_norm: 0", {"train.max_grad_norm": 1e9}),
         ("save_strategy: 'no'\nsave_steps: 5", {"train.save_steps": 1_000_000_000}),
         ("eval_strategy: epoch\neval_steps: 5", {"train.eval_steps": None}),
+        ("load_best_model_at_end: true", {"train.load_best_model_at_end": True}),
         ("optim: paged_adamw_32bit", {"train.optimizer": "paged_adamw"}),
         ("use_peft: false", {"train.method": "full"}),
         ("max_steps: -1", {"train.max_steps": None}),

@@ -18,7 +18,9 @@ from typing import Any
 from lowrank.cli.settings import SettingsError, known_settings, resolve
 from lowrank.cli.values import Wrong, check_value
 from lowrank.errors import LowrankError
+from lowrank.importing.config import Unmapped
 from lowrank.train.settings import OF_TASKS
+from lowrank.train.tasks import TASKS
 
 FROM = ("axolotl", "llama-factory", "trl", "mlx-lm")
 
@@ -74,27 +76,31 @@ def run(args: argparse.Namespace) -> int:
 
 def _accepted(config: Any) -> list[Any]:
     """What our settings take; the rest joins what was not translated."""
-    known, kept = known_settings(), []
+    kept = []
     task = config.mapped["train.task"].value if "train.task" in config.mapped else "sft"
     for entry in config.mapped.values():
         key = entry.source.split(",")[0]
-        written = config.written.get(key)
-        why = "" if entry.name in known else f"lowrank has no setting {entry.name}"
-        tasks = OF_TASKS.get(entry.name.removeprefix("train."), (task,))
-        if task not in tasks:
+        try:
+            kept.append(entry._replace(value=_checked(entry.name, entry.value, task)))
+        except Unmapped as unmapped:
             if key in config.written:
-                config.miss((key,), written, f"of {', '.join(tasks)}, and this is {task}", False)
-            continue
-        if not why:
-            try:
-                kept.append(entry._replace(value=check_value(entry.value, known[entry.name].type)))
-                continue
-            except Wrong as wrong:
-                why = f"{entry.name} {wrong}"
-        if key in config.written:
-            config.miss((key,), written, why)
+                config.miss((key,), config.written[key], str(unmapped), unmapped.matters)
     full = any(m.name == "train.method" and m.value == "full" for m in kept)
     return [m for m in kept if not (full and m.name.startswith("lora.") and "not set" in m.source)]
+
+
+def _checked(name: str, value: Any, task: str) -> Any:
+    """The value as the setting has it. Raises Unmapped where there is no such setting, or not with this task."""
+    known = known_settings()
+    if name not in known:
+        raise Unmapped(f"lowrank has no setting {name}")
+    tasks = OF_TASKS.get(name.removeprefix("train."), (task,))
+    if task not in tasks or (task in TASKS and name in TASKS[task].unused):
+        raise Unmapped(f"{name} has no meaning where {task} is trained", matters=False)
+    try:
+        return check_value(value, known[name].type)
+    except Wrong as wrong:
+        raise Unmapped(f"{name} {wrong}") from None
 
 
 def _check(text: str) -> None:

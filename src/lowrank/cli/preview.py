@@ -56,13 +56,12 @@ def run(args: argparse.Namespace) -> int:
     encoded = task.prepare([row for _, row in named], tokenizer, settings, max_length=length)
     names = {id(row): name for name, row in named}
     shown: list[dict[str, Any]] = []
+    in_tokens = getattr(encoded, "learnt", None) is None  # or it is a label beside them
     for i in range(len(encoded.rows))[args.skip : args.skip + args.rows]:
-        row = encoded.rows[i]
-        for (name, example), (_, parts) in zip(
-            encoded.shown(i), encoded.parts(i, tokenizer), strict=True
-        ):
+        row, example = encoded.rows[i], encoded.examples[i]
+        for name, parts in encoded.parts(i, tokenizer):
             title = f"{row.where}{names.get(id(row), '')}{name}"
-            if encoded.learnt is None:
+            if in_tokens and "labels" in example:
                 learnt = sum(label >= 0 for label in example["labels"][1:])
                 title = f"{learnt} of {len(example['input_ids'])} tokens learnt, {title}"
             shown.append({"row": title, "parts": parts})
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         ("template", template),
         ("learnt", data.loss_on),
     ]
-    show(fact_table(facts[: 5 if encoded.learnt is None else 3]))
+    show(fact_table(facts[: 5 if in_tokens else 3]))
     show("")
     for row_shown in shown:
         show(row_view(row_shown["row"], row_shown["parts"]))

@@ -214,7 +214,7 @@ RULES: dict[str, Rule] = {
     "added_tokens_overrides": unsupported("tokens renamed; set in the tokenizer"),
     "tokenizer_config": unsupported("a tokenizer of another model"),
     "overrides_of_model_config": unsupported("another model configuration; set in its config.json"),
-    "early_stopping_patience": unsupported("stopping early"),
+    "early_stopping_patience": to("train.early_stopping_patience"),
     "relora_steps": unsupported("ReLoRA"),
     "cosine_min_lr_ratio": unsupported("a rate that stays above 0"),
     "cosine_constant_lr_ratio": unsupported("a rate that stays above 0"),

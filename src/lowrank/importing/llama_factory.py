@@ -283,7 +283,7 @@ RULES: dict[str, Rule] = {
     "use_dft_loss": unsupported("the DFT loss"),
     "use_llama_pro": unsupported("LLaMA Pro"),
     "ref_model": unsupported("another reference model; here it is the base with the adapter off"),
-    "early_stopping_steps": unsupported("stopping early"),
+    "early_stopping_steps": to("train.early_stopping_patience"),
     "disable_shuffling": unsupported("rows in their order; they are shuffled by train.seed"),
     "freeze_trainable_layers": unsupported("freezing layers"),
     "create_new_adapter": no_effect("a run makes a new adapter"),

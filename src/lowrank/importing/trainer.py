@@ -112,6 +112,13 @@ def resume(value: Any, config: Config) -> dict[str, Any]:
     raise Unmapped("a checkpoint of another program; here a run goes on from its own with --resume")
 
 
+def best_by(value: Any, config: Config) -> dict[str, Any]:
+    name = str(value).removeprefix("eval_")
+    if name != "loss":
+        raise Unmapped(f"{value}; the task's own metrics are in docs/tasks.md", matters=False)
+    return {"train.metric_for_best_model": name} if config["load_best_model_at_end"] else {}
+
+
 def trackers(value: Any, config: Config) -> dict[str, Any]:
     names = [name for name in words(value) if name != "none"]
     if not names:
@@ -208,7 +215,9 @@ ARGUMENTS: dict[str, Rule] = {
     **alike(TELLING, "logging_first_step", "log_level", "include_tokens_per_second", "project"),
     **alike(TELLING, "include_num_input_tokens_seen", "logging_nan_inf_filter", "trackio_space_id"),
     **alike(TELLING, "hub_strategy", "hub_token", "hub_always_push", "log_on_each_node"),
-    **alike(EVALUATION, "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    "load_best_model_at_end": to("train.load_best_model_at_end"),
+    "metric_for_best_model": best_by,
+    "greater_is_better": no_effect("which way a metric is better is known here"),
     **alike(EVALUATION, "eval_on_start", "eval_accumulation_steps", "predict_with_generate"),
     **alike(EVALUATION, "prediction_loss_only", "eval_delay", "batch_eval_metrics"),
 }
