@@ -8,6 +8,7 @@ import pytest
 import text
 import tiny
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, BertForQuestionAnswering
 
 from lowrank import LoraConfig, compat, get_peft_model, read_adapter
@@ -120,6 +121,33 @@ def test_the_first_token_of_a_word_has_its_tag_and_the_rest_none():
     assert data.supervised == 4
     cut = prepared(TAGS, rows, max_length=6)
     assert (cut.truncated, cut.supervised, cut.longest) == (1, 2, 6)
+
+
+def closed_tokenizer():
+    """As BERT's: something before each text, and something after."""
+    tokenizer = text.byte_tokenizer()
+    begin, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|user|>", "<|system|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A <|system|>",
+        pair="<|user|> $A <|system|> $B:1 <|system|>:1",
+        special_tokens=[("<|user|>", begin), ("<|system|>", end)],
+    )
+    return tokenizer, begin, end
+
+
+def test_special_tokens_around_words_and_spans():
+    tokenizer, begin, end = closed_tokenizer()
+    row = Tagged(["ab", "c", "de"], ["B-X", "O", "B-X"], "f:1")
+    data = TAGS.prepare([row], tokenizer, sections(TAGS), max_length=6)
+    (example,) = data.examples  # begin a b _ c end: the last word is cut away
+    assert [example["input_ids"][i] for i in (0, -1)] == [begin, end]
+    assert example["labels"] == [IGNORE, 0, IGNORE, IGNORE, 1, IGNORE]
+    asked = Question("q?", "xx yyy zz", [("yyy", 3)], "f:1")
+    data = SPANS.prepare([asked], tokenizer, sections(SPANS, {"doc_stride": 4}), max_length=12)
+    first, last, tokens = data.examples[0]["labels"]
+    # begin q ? end xx_yyy_ end: 7 characters of the text beside 5 other tokens
+    assert (first, last, tokens) == (7, 9, 12)
+    assert (data.characters[0][first], data.characters[0][last]) == ((3, 4), (5, 6))
 
 
 def test_tags_that_cannot_be_learnt():
@@ -275,7 +303,7 @@ def test_an_encoder_decoder_learns(tmp_path):
     settings = sections(
         SEQ2SEQ,
         {"chat_template": False},
-        {"max_new_tokens": 4, "generate": 8, "temperature": 2.0, "seed": 3},
+        {"max_new_tokens": 4, "generate": 4, "temperature": 2.0, "seed": 3},
         learning_rate=2e-2,
         max_steps=40,
         eval_steps=40,

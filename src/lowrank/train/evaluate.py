@@ -106,7 +106,7 @@ def answered(
     sampled: list[str | None] = [None] * len(rows)
     if sampling is not None:
         options = {**sampling}
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(options.pop("seed", 0))
             found = said(do_sample=True, **options)
         scores |= {f"sampled_{name}": ANSWER_METRICS[name](found, expected) for name in metrics}

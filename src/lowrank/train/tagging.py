@@ -42,7 +42,6 @@ def prepare(
         verbose=False,
     )
     names = [name for name in encoded if name != "offset_mapping"]
-    cut = tokenizer.num_special_tokens_to_add() if tokenizer.sep_token_id is not None else 0
     examples, kept, truncated = [], [], 0
     for i, row in enumerate(rows):
         labels = [IGNORE] * len(encoded["input_ids"][i])
@@ -52,7 +51,10 @@ def prepare(
         example = {**{name: encoded[name][i] for name in names}, "labels": labels}
         if len(labels) > max_length:
             truncated += 1
-            end = 1 if cut else 0  # what closes every text stays
+            start, stop = encoded["offset_mapping"][i][-1]
+            end = int(
+                start == stop
+            )  # what closes every text stays: it stands for none of its characters
             example = {
                 name: [*values[: max_length - end], *values[len(values) - end :]]
                 for name, values in example.items()
