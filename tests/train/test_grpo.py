@@ -52,7 +52,8 @@ def guessing(tmp_path_factory):
     model = tiny.llama(vocab=text.VOCABULARY, dtype=torch.float32)
     draw = random.Random(0)
     rows = [Row(row.prompt, f"#{draw.choice('334')}", row.where) for row in SUMS for _ in range(32)]
-    settings = TrainSettings(method="full", epochs=15, learning_rate=1e-2, batch_size=32)
+    fast = {"learning_rate": 1e-2, "batch_size": 32, "save_steps": 100}
+    settings = TrainSettings(method="full", max_steps=60, **fast)
     data = encode(rows, TOKENIZER, max_length=40)
     train_sft(model, TOKENIZER, data, None, tmp_path_factory.mktemp("sft"), settings)
     return {name: value.clone() for name, value in model.state_dict().items()}
