@@ -68,9 +68,8 @@ def run(args: argparse.Namespace) -> int:
     publish.write_card(settings, folder, report)
     show(summary(report))
     print(f"\n {folder / record.REPORT} shows more.")
-    status = publish.push(settings, folder)
-    processes.end()
-    return status
+    processes.end()  # the others need not wait for an upload
+    return publish.push(settings, folder)
 
 
 def output_folder(settings: RunSettings, config: Path | None) -> Path:

@@ -66,7 +66,10 @@ def translate(
 def _map(config: Config, key: str, value: Any, rules: Mapping[str, Rule], source: str) -> None:
     if key not in rules:
         raise Unmapped(f"not a key of {config.program}'s that is known.{did_you_mean(key, rules)}")
-    for name, ours in rules[key](value, config).items():
+    found = rules[key](value, config)
+    if not found:
+        raise Unmapped("as it is here anyway, or taken into what another key became", matters=False)
+    for name, ours in found.items():
         if key in config.written or name not in config.mapped:
             config.mapped[name] = Mapped(name, ours, source)
 

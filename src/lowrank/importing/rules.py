@@ -1,6 +1,7 @@
 """What becomes of one key: a rule gives our settings for its value, or says why there are none."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from lowrank.importing.config import Config, Unmapped
@@ -44,6 +45,8 @@ def unsupported(why: str, neutral: Iterable[Any] = NOTHING) -> Rule:
     off = list(neutral)
 
     def rule(value: Any, config: Config) -> dict[str, Any]:
+        with suppress(TypeError, ValueError):  # YAML reads 1e-8 as a string
+            value = float(value) if isinstance(value, str) else value
         if value in off or value == [] or value == {}:
             raise Unmapped("as it is here anyway", matters=False)
         raise Unmapped(why)

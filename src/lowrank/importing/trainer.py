@@ -119,6 +119,13 @@ def best_by(value: Any, config: Config) -> dict[str, Any]:
     return {"train.metric_for_best_model": name} if config["load_best_model_at_end"] else {}
 
 
+def sampling(value: Any, config: Config) -> dict[str, Any]:
+    if value == "sequential":  # TRL's way for KTO, whose batches compare neighbours
+        raise Unmapped("rows in their order", matters=config["task"] != "kto")
+    strategies = {"random": False, "group_by_length": True}
+    return dict(choice("train.group_by_length", strategies)(value, config))
+
+
 def trackers(value: Any, config: Config) -> dict[str, Any]:
     names = [name for name in words(value) if name != "none"]
     if not names:
@@ -167,10 +174,9 @@ ARGUMENTS: dict[str, Rule] = {
     "weight_decay": to("train.weight_decay"),
     "max_grad_norm": clipping,
     "group_by_length": to("train.group_by_length"),
-    "train_sampling_strategy": choice(
-        "train.group_by_length", {"random": False, "group_by_length": True}
-    ),
+    "train_sampling_strategy": sampling,
     "gradient_checkpointing": to("train.gradient_checkpointing", bool),
+    "activation_checkpointing": to("train.gradient_checkpointing", bool),
     "seed": to("train.seed"),
     "logging_steps": to("train.logging_steps"),
     "eval_steps": every("train.eval_steps", "eval_strategy"),
@@ -184,7 +190,7 @@ ARGUMENTS: dict[str, Rule] = {
     "resume_from_checkpoint": resume,
     "adam_beta1": unsupported("the optimiser's β₁ is 0.9 here", (0.9,)),
     "adam_beta2": unsupported("the optimiser's β₂ is 0.999 here", (0.999,)),
-    "adam_epsilon": unsupported("the optimiser's ε is 1e-8 here", (1e-8, "1e-8")),
+    "adam_epsilon": unsupported("the optimiser's ε is 1e-8 here", (1e-8,)),
     "fp16": unsupported("float16 is not trained in; model.dtype has float32 and bfloat16"),
     "neftune_noise_alpha": unsupported("noise on the embeddings (NEFTune)"),
     "label_smoothing_factor": unsupported("label smoothing"),
@@ -192,6 +198,7 @@ ARGUMENTS: dict[str, Rule] = {
     "optim_args": unsupported("options of the optimiser"),
     "optim_target_modules": unsupported("GaLore and its relatives"),
     "auto_find_batch_size": unsupported("a batch size that changes while it runs"),
+    "dataloader_drop_last": unsupported("leaving out the rows of a last, smaller batch"),
     "average_tokens_across_devices": no_effect("the loss is a mean over tokens here"),
     "save_only_model": no_effect("checkpoints hold all that resuming takes"),
     "save_safetensors": no_effect("safetensors are written"),
@@ -211,6 +218,15 @@ ARGUMENTS: dict[str, Rule] = {
     **alike(SPEED, "tf32", "torch_compile", "torch_compile_backend", "use_liger_kernel"),
     **alike(SPEED, "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "bf16_full_eval"),
     **alike(SPEED, "activation_offloading", "liger_kernel_config", "pad_to_multiple_of"),
+    **alike(PLACE, "parallelism_config", "ddp_static_graph", "full_determinism"),
+    **alike(SPEED, "activation_checkpointing_kwargs", "torch_compile_mode", "use_cache"),
+    **alike(CACHE, "dataloader_multiprocessing_context", "dataloader_in_order", "label_names"),
+    **alike(CACHE, "length_column_name", "ignore_data_skip", "enable_jit_checkpoint"),
+    **alike(EVALUATION, "fp16_full_eval", "eval_do_concat_batches", "eval_use_gather_object"),
+    **alike(EVALUATION, "include_for_metrics", "skip_memory_metrics"),
+    **alike(TELLING, "log_level_replica", "trackio_bucket_id", "trackio_static_space_id"),
+    **alike(TELLING, "save_on_each_node", "hub_revision", "debug"),
+    **alike(TELLING, "restore_callback_states_from_checkpoint"),
     **alike(TELLING, "run_name", "logging_dir", "logging_strategy", "disable_tqdm"),
     **alike(TELLING, "logging_first_step", "log_level", "include_tokens_per_second", "project"),
     **alike(TELLING, "include_num_input_tokens_seen", "logging_nan_inf_filter", "trackio_space_id"),

@@ -5,6 +5,7 @@ from typing import Any
 from lowrank.importing.config import Config, Unmapped
 from lowrank.importing.data import DataSet, Reading, data_name, together
 from lowrank.importing.rules import (
+    NOTHING,
     PLACE,
     SPEED,
     TELLING,
@@ -31,8 +32,44 @@ TELLS = {
     ),
     "kto": ("desirable_weight", "undesirable_weight"),
     "reward": ("center_rewards_coefficient",),
-    "dpo": ("beta", "loss_type", "precompute_ref_log_probs", "max_prompt_length", "ld_alpha"),
     "sft": ("packing", "dataset_text_field", "assistant_only_loss", "completion_only_loss"),
+    "dpo": ("beta", "loss_type", "precompute_ref_log_probs", "max_prompt_length", "ld_alpha"),
+}
+# what TRL takes of settings that lowrank leaves to it; with another value they change the result
+AS_IN_TRL: dict[str, Any] = {
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "discopop_tau": 0.05,
+    "ref_model_mixup_alpha": 0.6,
+    "ref_model_sync_steps": 512,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "num_iterations": 1,
+    "epsilon": 0.2,
+    "sapo_temperature_neg": 1.05,
+    "sapo_temperature_pos": 1.0,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0,
+    "vespo_k_neg": 3.0,
+    "vespo_lambda_neg": 2.0,
+    "importance_sampling_level": "token",
+    "multi_objective_aggregation": "sum_then_normalize",
+    "scale_rewards": "group",
+    "top_entropy_quantile": 1.0,
+    "entropy_coef_max": 1.0,
+    "entropy_coef_delta": 0.005,
+    "entropy_target": 0.2,
+    "use_bias_correction_kl": True,
+    **dict.fromkeys(
+        (
+            *("loss_weights", "ld_alpha", "use_weighting", "sync_ref_model", "min_p", "delta"),
+            *("epsilon_high", "mask_truncated_completions", "entropy_coef", "entropy_coef_min"),
+            *("use_adaptive_entropy", "off_policy_mask_threshold", "generation_kwargs"),
+            *("chat_template_kwargs", "center_rewards_coefficient", "generation_batch_size"),
+            *("steps_per_generation", "max_tool_calling_iterations", "reward_model_name_or_path"),
+        )
+    ),
 }
 RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "grpo": 1e-6, "reward": 1e-4}
 BY_ARCHITECTURE = "what PEFT adapts in such a model"
@@ -122,6 +159,13 @@ def loss_type(value: Any, config: Config) -> dict[str, Any]:
     return {"train.loss_type": names[0]}
 
 
+def dropout(value: Any, config: Config) -> dict[str, Any]:
+    if value and config["disable_dropout"]:
+        config.remark(f"TRL switches dropout off for {config.defaults['task']} (disable_dropout)")
+        return {"lora.lora_dropout": 0.0}
+    return {"lora.lora_dropout": value}
+
+
 def length(value: Any, config: Config) -> dict[str, Any]:
     return {"data.max_length": value}
 
@@ -142,7 +186,7 @@ RULES: dict[str, Rule] = {
     "use_peft": method,
     "lora_r": to("lora.r"),
     "lora_alpha": to("lora.lora_alpha"),
-    "lora_dropout": to("lora.lora_dropout"),
+    "lora_dropout": dropout,
     "lora_target_modules": targets,
     "lora_target_parameters": to("lora.target_parameters"),
     "lora_modules_to_save": to("lora.modules_to_save"),
@@ -191,14 +235,29 @@ RULES: dict[str, Rule] = {
     "reward_funcs": reward_functions,
     "reward_weights": to("train.reward_weights"),
     "max_prompt_length": unsupported("a limit of prompts alone; data.max_length is of both"),
-    "disable_dropout": unsupported("dropout switched off; lora.lora_dropout is as it is set"),
+    "disable_dropout": taken,
     "trust_remote_code": no_effect("no code out of repositories is run"),
     "precompute_ref_log_probs": SPEED,
     "precompute_ref_batch_size": SPEED,
     "ignore_bias_buffers": PLACE,
     **alike(SPEED, "attn_implementation", "attn_impl", "use_vllm", "vllm_mode"),
     **alike(SPEED, "vllm_gpu_memory_utilization", "vllm_server_host", "vllm_server_port"),
-    **alike(TELLING, "log_completions", "num_completions_to_print"),
+    **alike(SPEED, "cast_lm_head_to_fp32", "ds3_gather_for_generation", "cache_implementation"),
+    **alike(SPEED, "use_transformers_paged", "use_transformers_continuous_batching"),
+    **alike(SPEED, "transformers_continuous_batching_config", "vllm_model_impl"),
+    **alike(SPEED, "vllm_enable_sleep_mode", "vllm_structured_outputs_regex"),
+    **alike(SPEED, "vllm_server_base_url", "vllm_server_timeout", "vllm_group_port"),
+    **alike(SPEED, "vllm_max_model_length", "vllm_tensor_parallel_size"),
+    **alike(SPEED, "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+    **alike(SPEED, "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
+    **alike(SPEED, "vllm_importance_sampling_cap"),
+    **alike(TELLING, "log_completions", "num_completions_to_print", "log_multimodal"),
+    **alike(TELLING, "log_unique_prompts", "log_completions_hub_repo"),
+    "num_generations_eval": no_effect("evaluation answers greedily"),
+    **{
+        key: unsupported("lowrank leaves it as TRL has it", (*NOTHING, value))
+        for key, value in AS_IN_TRL.items()
+    },
 }
 MARKS = ("dataset_name", "use_peft", "lora_target_modules", "lora_r", "attn_implementation")
 
@@ -213,6 +272,7 @@ def defaults(config: Config) -> dict[str, Any]:
         "lora_r": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.05,
+        "disable_dropout": task in ("dpo", "kto", "reward"),
         "lora_target_modules": BY_ARCHITECTURE,
         "gradient_checkpointing": True,
         "max_length": 1024,
