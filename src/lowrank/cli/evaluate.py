@@ -46,7 +46,7 @@ def add_numbers(parser: argparse.ArgumentParser) -> None:
         ("generate", DEFAULT.generate, 0, "rows that are answered; 0: none"),
         ("max-new-tokens", DEFAULT.max_new_tokens, 1, "tokens an answer may have"),
         ("batch-size", DEFAULT.batch_size, 1, "rows at once"),
-        ("max-length", None, 1, "tokens a row may have"),
+        ("max-length", None, 1, "tokens a row may have; as trained"),
     ):
         underscored = name.replace("-", "_")
         spellings = dict.fromkeys((f"--{name}", f"--{underscored}"))
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         quantisation=of_flags(args),
         task_type=task.task_type,
     )
-    length = context_length(opened.model.config, args.max_length)
+    length = context_length(opened.model.config, settings.data.max_length)
     config = opened.model.config
     like = {name: getattr(config, name, None) for name in ("id2label", "problem_type")}
     data = task.prepare(rows, opened.tokenizer, settings, max_length=length, like=like)
@@ -98,26 +98,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> Sections:
-    """What a task is told, out of the flags."""
+    """What a task is told: the flags, and where these are silent what the adapter's run was told of the same."""
+    run = run_of(args.model, args.adapter)
     data, numbers = (
         given_flags(args, tuple(n for n in (*READING, *EVALUATING) if n.startswith(section)))
         for section in ("data.", "eval.")
     )
     data["chat_template"] = not args.no_chat_template
+    if args.max_length is not None:
+        data["max_length"] = args.max_length
+    data = {n: run[f"data.{n}"] for n in AS_TRAINED if f"data.{n}" in run} | data
     numbers |= {n: getattr(args, n) for n in ("batch_size", "generate", "max_new_tokens")}
-    train = trained_with(args.model, args.adapter)
+    names = ("seed", *OF_TASKS)
+    train = TrainSettings(**{n: run[f"train.{n}"] for n in names if f"train.{n}" in run})
     return Given(DataSettings(**data), train, EvalSettings(**numbers))
 
 
-def trained_with(name: str, adapter: str | None) -> TrainSettings:
-    """What the adapter's run was told that metrics go by: beta, reward functions, …"""
+# how rows are cut, and what their labels are
+AS_TRAINED = ("max_length", "max_target_length", "doc_stride", "problem_type")
+
+
+def run_of(name: str, adapter: str | None) -> dict[str, Any]:
+    """The settings that the adapter was trained with; empty without one."""
     from lowrank.adapter_file import read_adapter
     from lowrank.cli.opening import base_and_adapter
 
     adapter = base_and_adapter(name, adapter)[1]
-    run = {} if adapter is None else read_adapter(adapter).metadata.get("run", {})
-    names = ("seed", *OF_TASKS)
-    return TrainSettings(**{n: run[f"train.{n}"] for n in names if f"train.{n}" in run})
+    return {} if adapter is None else read_adapter(adapter).metadata.get("run", {})
 
 
 class Given(NamedTuple):
