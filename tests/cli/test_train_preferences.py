@@ -40,6 +40,7 @@ def model(tmp_path_factory):
     return text.save_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.filterwarnings("ignore:at every step all answers")
 @pytest.mark.parametrize("task", ROWS)
 def test_a_task_from_yaml_to_an_adapter_that_reopens(task, model, tmp_path, capsys):
     rows = text.write_rows(tmp_path / "rows.jsonl", *ROWS[task])

@@ -11,6 +11,7 @@ import transformers
 from test_on_trl import Given
 
 from lowrank import LoraConfig, compat, get_peft_model
+from lowrank.errors import LowrankWarning
 from lowrank.train.encode import encode, prompt_ids
 from lowrank.train.evaluate import answer_rows
 from lowrank.train.on_trl import LOSSES, TaskSettingsError, trl_class
@@ -176,6 +177,12 @@ def test_prompts_that_leave_no_room_are_dropped():
         prepared(given(max_completion_length=35))
     with pytest.raises(DataError, match="1 of 1 rows are text without a prompt"):
         prepared(given(), [Row(None, "text", "f:1")])
+
+
+def test_rewards_that_are_all_alike_are_said(guessing, tmp_path):
+    settings = given(max_steps=1, batch_size=8, reward_functions=["length:50"])
+    with pytest.warns(LowrankWarning, match="had the same reward, so that nothing was learnt"):
+        fit(guessing, tmp_path, settings)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Group relative policy optimisation (Shao et al. 2024): sampled answers, scored by reward functions."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.errors import LowrankWarning
 from lowrank.train.encode import prompt_ids
 from lowrank.train.evaluate import Answer, Evaluation, answer_rows, asked_text
 from lowrank.train.on_trl import LOSSES, beta_of, check_settings, train_on_trl
@@ -140,7 +142,10 @@ def train(
     settings: Sections,
     **options: Any,
 ) -> Training:
-    """Train what is trainable in `model`, in place, on answers that it samples itself."""
+    """Train what is trainable in `model`, in place, on answers that it samples itself.
+
+    Warns where no step had anything to learn from, since all answers to a prompt scored alike.
+    """
     given = settings.train
     arguments = {
         "beta": beta_of("grpo", given),
@@ -151,7 +156,7 @@ def train(
         "reward_weights": given.reward_weights,
         "train_sampling_strategy": "random",  # TRL's own, in groups
     }
-    return train_on_trl(
+    result = train_on_trl(
         "grpo",
         model,
         tokenizer,
@@ -164,6 +169,16 @@ def train(
         reward_funcs=reward_functions(names_of(settings)),
         **options,
     )
+    alike = [line.get("frac_reward_zero_std") for line in result.history if "loss" in line]
+    if alike and set(alike) == {1.0}:
+        warnings.warn(
+            "at every step all answers to a prompt had the same reward, so that nothing was learnt. Try "
+            "easier prompts, other train.reward_functions, a higher train.temperature, or more "
+            "train.num_generations.",
+            LowrankWarning,
+            stacklevel=2,
+        )
+    return result
 
 
 def score(model: nn.Module, tokenizer: Any, data: Prompts, settings: Sections) -> Evaluation:
