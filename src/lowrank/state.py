@@ -13,7 +13,7 @@ from lowrank.factors import with_rank
 from lowrank.hub import adapter_file
 from lowrank.layer import LoraLayer
 from lowrank.saved_module import ModulesToSaveWrapper
-from lowrank.sharded import whole
+from lowrank.sharded import shared_as, whole
 from lowrank.trainable_tokens import TrainableTokensWrapper
 from lowrank.wrappers import base_biases, inner, lora_chains, lora_layers, mergeable, wrappers
 
@@ -356,7 +356,7 @@ def _redundant(key: str) -> bool:
 
 def _fill(model: nn.Module, name: str, parameter: Tensor, tensor: Tensor) -> None:
     if parameter.device.type != "meta":
-        parameter.copy_(tensor)
+        parameter.copy_(shared_as(tensor, parameter))
         return
     path, _, attribute = name.rpartition(".")
     owner: Any = model.get_submodule(path)

@@ -63,7 +63,7 @@ def alone(folder):
 def together(folder, name, *words, before=""):
     code = before + programs.TOGETHER
     given = [*WORDS, "--batch-size", "2", "--output", name, *words]
-    return programs.run(["python", "-c", code, "2", *given], folder, begin=programs.TRAINING)
+    return programs.run(["python", "-c", code, "2", *given], folder, 60, programs.TRAINING)
 
 
 def assert_same_result(one, two):
@@ -114,6 +114,11 @@ def test_fsdp(folder, alone):
         tuple(t.shape) for t in load_file(alone / "adapter_model.safetensors").values()
     }
     assert problems(last) == []
+    weights = load_file(folder / "fsdp" / "adapter_model.safetensors")
+    shutil.rmtree(last)
+    again = together(folder, "fsdp", "--train.fsdp", "true", "--resume", before=FSDP_ON_CPU)
+    assert again.returncode == 0, again.stderr
+    assert tiny.same_bits(load_file(folder / "fsdp" / "adapter_model.safetensors"), weights)
 
 
 def test_what_all_find_is_said_once(folder):

@@ -73,7 +73,7 @@ def sharing(settings: TrainSettings) -> dict[str, Any]:
         )
     if not (torch.cuda.is_available() or ON_CPU):
         raise ConfigError("train.fsdp: accelerate shares weights among GPUs, and there is none.")
-    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 
 
 def wait() -> None:

@@ -32,6 +32,11 @@ class Stopping(TrainerCallback):
     def __init__(self, speaks: bool = True):
         self.speaks = speaks  # one of several processes
         self.received = 0
+        self.begun = False
+        self.before: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = True
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -39,14 +44,18 @@ class Stopping(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self.before.items():
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
+        if not self.begun:  # there is nothing to save yet
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
+            return
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.received and self.speaks:
