@@ -35,7 +35,7 @@ from lowrank.train.rows import read_rows
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 LAYERS = {"all": ATTENTION + MLP, "attention": ATTENTION, "MLP": MLP}
-RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
+RATES = ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 FULL_RATES = ("1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3")
 
 
@@ -67,16 +67,16 @@ QUESTIONS: dict[str, dict[str, list[Run]]] = {
         **{f"r={r}": rates(Run(r=r)) for r in (1, 4, 16, 64, 256)},
     },
     "alpha": {
-        f"alpha={s:g}·r": rates(Run(scaling=s), ("5e-4", *RATES, "1.6e-2"))
+        f"alpha={s:g}·r": rates(Run(scaling=s), ("5e-4", *RATES, "3.2e-2"))
         for s in (0.5, 1, 2, 4, 8)
     },
     "layers": {
         "all, r=16": rates(Run()),
-        "attention, r=16": rates(Run(layers="attention"), (*RATES, "1.6e-2")),
-        "MLP, r=16": rates(Run(layers="MLP"), (*RATES, "1.6e-2")),
+        "attention, r=16": rates(Run(layers="attention")),
+        "MLP, r=16": rates(Run(layers="MLP")),
         # as many trained parameters as all layers have at r=16, or nearly
-        "attention, r=48": rates(Run(layers="attention", r=48), (*RATES, "1.6e-2")),
-        "MLP, r=24": rates(Run(layers="MLP", r=24), (*RATES, "1.6e-2")),
+        "attention, r=48": rates(Run(layers="attention", r=48)),
+        "MLP, r=24": rates(Run(layers="MLP", r=24)),
     },
     "batch": {
         f"{'LoRA' if r else 'full'}, batch {batch}": rates(Run(r=r, batch=batch))
