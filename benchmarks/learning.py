@@ -66,9 +66,12 @@ QUESTIONS: dict[str, dict[str, list[Run]]] = {
         "full": rates(FULL),
         **{f"r={r}": rates(Run(r=r)) for r in (1, 4, 16, 64, 256)},
     },
+    # the same with one alpha for all ranks, so that the scaling falls as the rank rises
+    "rank, alpha=32": {f"r={r}": rates(Run(r=r, scaling=32 / r)) for r in (1, 4, 16, 64, 256)},
     "alpha": {
-        f"alpha={s:g}·r": rates(Run(scaling=s), ("5e-4", *RATES, "3.2e-2"))
-        for s in (0.5, 1, 2, 4, 8)
+        "alpha=r/2": rates(Run(scaling=0.5), ("4e-3", "8e-3", "1.6e-2", "3.2e-2")),
+        "alpha=2·r": rates(Run()),
+        "alpha=8·r": rates(Run(scaling=8), ("5e-4", "1e-3", "2e-3", "4e-3")),
     },
     "layers": {
         "all, r=16": rates(Run()),
