@@ -64,7 +64,9 @@ FULL = Run(r=0)
 QUESTIONS: dict[str, dict[str, list[Run]]] = {
     "rank": {
         "full": rates(FULL),
-        **{f"r={r}": rates(Run(r=r)) for r in (1, 4, 16, 64, 256)},
+        "r=1": rates(Run(r=1), (*RATES, "3.2e-2")),
+        **{f"r={r}": rates(Run(r=r)) for r in (4, 16, 64)},
+        "r=256": rates(Run(r=256), ("5e-4", *RATES)),
     },
     # the same with one alpha for all ranks, so that the scaling falls as the rank rises
     "rank, alpha=32": {f"r={r}": rates(Run(r=r, scaling=32 / r)) for r in (1, 4, 16, 64, 256)},
@@ -87,7 +89,7 @@ QUESTIONS: dict[str, dict[str, list[Run]]] = {
         for batch in (4, 16, 64)
     },
     "epochs": {
-        "LoRA r=16": rates(Run(epochs=8), ("5e-4", "1e-3", "2e-3")),
+        "LoRA r=16": rates(Run(epochs=8), ("5e-4", "1e-3", "2e-3", "4e-3")),
         "full": rates(FULL._replace(epochs=8), ("1e-4", "2e-4", "4e-4")),
     },
 }
