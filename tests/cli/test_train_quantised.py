@@ -38,13 +38,20 @@ def train(folder, name, *words):
     return main(["train", *given, *NUMBERS, *ANSWERS, *words])
 
 
+def trained(folder, way):
+    """The folder of a run in one of WAYS, which is made if no test before has."""
+    run = folder / way
+    if not run.exists():
+        assert train(folder, way, *WAYS[way]) == 0
+    return run
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_trained_measured_and_measured_again(folder, way, capsys):
     _, backend = way.split(", ")
     if backend != "lowrank":
         pytest.importorskip(backend)
-    run = folder / way
-    assert train(folder, way, *WAYS[way]) == 0
+    run = trained(folder, way)
     record = json.loads((run / "run.json").read_text())
     assert record["after"]["loss"] < record["before"]["loss"]
     format = way.partition(",")[0]
@@ -76,7 +83,7 @@ def test_trained_measured_and_measured_again(folder, way, capsys):
 
 
 def test_the_file_names_it_and_the_report_shows_it(folder):
-    run = folder / "nf4, lowrank"
+    run = trained(folder, "nf4, lowrank")
     (named,) = read_adapter(run).metadata["quantisation"]
     assert (named["format"], named["block_size"], named["double"]) == ("nf4", 64, True)
     assert len(named["layers"]) == 14
@@ -92,9 +99,8 @@ def test_resume_gives_the_adapter_of_the_whole_run(folder):
     (folder / "parts" / "checkpoint-6").rmdir()
     (folder / "parts" / "adapter_model.safetensors").unlink()
     assert train(folder, "parts", *words, "--resume") == 0
-    one, two = (
-        load_file(folder / name / "adapter_model.safetensors") for name in ("nf4, lowrank", "parts")
-    )
+    runs = (trained(folder, "nf4, lowrank"), folder / "parts")
+    one, two = (load_file(run / "adapter_model.safetensors") for run in runs)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
 
@@ -102,7 +108,7 @@ def test_resume_gives_the_adapter_of_the_whole_run(folder):
 def test_another_back_end_stands_for_the_same_numbers(folder, capsys):
     """Trained on bitsandbytes' 4 bits, evaluated on ours: the weights are the same."""
     pytest.importorskip("bitsandbytes")
-    run = folder / "fp4, bitsandbytes"
+    run = trained(folder, "fp4, bitsandbytes")
     record = json.loads((run / "run.json").read_text())
     words = ["--data", f"{folder}/test.jsonl", "--generate", "0", "--json"]
     flags = ["--quantize", "fp4", "--no-double-quant", "--quantize-backend", "lowrank"]
