@@ -66,7 +66,7 @@ QUESTIONS: dict[str, dict[str, list[Run]]] = {
         "full": rates(FULL),
         "r=1": rates(Run(r=1), (*RATES, "3.2e-2")),
         **{f"r={r}": rates(Run(r=r)) for r in (4, 16, 64)},
-        "r=256": rates(Run(r=256), ("5e-4", *RATES)),
+        "r=256": rates(Run(r=256), ("2.5e-4", "5e-4", *RATES)),
     },
     # the same with one alpha for all ranks, so that the scaling falls as the rank rises
     "rank, alpha=32": {f"r={r}": rates(Run(r=r, scaling=32 / r)) for r in (1, 4, 16, 64, 256)},
@@ -269,9 +269,11 @@ def plot(path: Path, done: dict[str, Any], seeds: int) -> None:
     right.set_xlabel("epoch")
     right.set_ylabel("loss")
     for axes in (left, right):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left" if axes is left else (0.55, 0.42))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
