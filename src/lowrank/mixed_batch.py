@@ -204,14 +204,14 @@ def _one_product(
 def _stacked(layer: Any, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Aᵀ (adapters, in, r) and scaling·Bᵀ (adapters, r, out) of the named adapters, one after another.
 
-    Contiguous in this order: a batched product on a CPU copies transposed factors at each call.
+    Bᵀ is contiguous: of B itself a batched product on a CPU would make a copy at each call; of A it makes none.
     """
 
     def stack() -> tuple[Tensor, Tensor]:
         loras = [layer.lora(name) for name in names]
         return (
-            torch.stack([lora.A.T for lora in loras]).to(dtype),
-            torch.stack([lora.B.T * lora.scaling for lora in loras]).to(dtype),
+            torch.stack([lora.A for lora in loras]).to(dtype).mT,
+            torch.stack([lora.B * lora.scaling for lora in loras]).to(dtype).mT.contiguous(),
         )
 
     return _remembered(layer, (*names, dtype), stack)
