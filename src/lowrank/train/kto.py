@@ -12,9 +12,8 @@ from lowrank.train.evaluate import Evaluation
 from lowrank.train.on_trl import LOSSES, beta_of, check_settings, train_on_trl
 from lowrank.train.preference import (
     Preferences,
+    against_reference,
     encode_preferences,
-    evaluation_of,
-    implicit_rewards,
     judged_batch,
 )
 from lowrank.train.settings import Sections, TrainSettings
@@ -95,11 +94,5 @@ def train(
 
 def score(model: nn.Module, tokenizer: Any, data: Preferences, settings: Sections) -> Evaluation:
     """Preference accuracy, of each good answer with each bad one, and reward margin."""
-    rewards = implicit_rewards(
-        model,
-        data,
-        pad_id(tokenizer),
-        beta=beta_of("kto", settings.train),
-        batch_size=settings.eval.batch_size,
-    )
-    return evaluation_of(model, tokenizer, data, rewards, settings)
+    beta = beta_of("kto", settings.train)
+    return against_reference(model, tokenizer, data, settings, beta=beta)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lowrank.train.encode import IGNORE, labelled, pad_right, segments, teaches
+from lowrank.train.encode import IGNORE, labelled, pad_id, pad_right, segments, teaches
 from lowrank.train.evaluate import (
     Answer,
     Evaluation,
@@ -17,7 +17,6 @@ from lowrank.train.evaluate import (
     batches,
     device_of,
     evaluating,
-    exact_match,
 )
 from lowrank.train.records import DataError
 from lowrank.train.rows import as_rows
@@ -298,6 +297,16 @@ def _compared(data: Preferences, rewards: list[float]) -> dict[str, float]:
     return {"preference_accuracy": float(wins.mean()), "reward_margin": float(margin)}
 
 
+def against_reference(
+    model: Any, tokenizer: Any, data: Preferences, settings: Sections, *, beta: float
+) -> Evaluation:
+    """Preference accuracy and reward margin against the model with its adapters off, and some answers."""
+    rewards = implicit_rewards(
+        model, data, pad_id(tokenizer), beta=beta, batch_size=settings.eval.batch_size
+    )
+    return evaluation_of(model, tokenizer, data, rewards, settings)
+
+
 def evaluation_of(
     model: Any, tokenizer: Any, data: Preferences, rewards: Rewards, settings: Sections
 ) -> Evaluation:
@@ -306,7 +315,7 @@ def evaluation_of(
     asked = [row for name, row in named if name != ", bad"]
     asked = asked[: min(settings.eval.generate, settings.eval.samples)]
     answers = [
-        Answer(asked_text(row), row.answer, text, exact_match(text, row.answer))
+        Answer(asked_text(row), row.answer, text, None)
         for row, text in zip(
             asked,
             answer_rows(
