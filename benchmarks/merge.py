@@ -4,7 +4,8 @@ A checkpoint with random numbers in the shape of TinyLlama-1.1B (bfloat16, in sh
 on all linear layers are written to a temporary folder, without building the model. Then, in turns: copying the
 base's files (shutil.copyfile, one after the other), and `lowrank.merge.merge_to_folder` (into a folder that does
 not exist, without the imports, which the first merge has made). What both write is removed each time, and the
-base stays in the page cache. The memory is that of a fresh process that merges once: its peak (VmHWM), and what
+base stays in the page cache. On a shared machine the fastest of each says what the work costs, the medians what the
+neighbours left. The memory is that of a fresh process that merges once: its peak (VmHWM), and what
 is left without what it held after the imports. Before anything is timed, sampled rows of a merged layer are
 compared with float64.
 
@@ -152,6 +153,7 @@ class Took(NamedTuple):
 
 
 def timed(run, out: Path) -> Took:
+    os.sync()  # what earlier runs left for the disk is not written during this one
     start, cpu = time.perf_counter(), time.process_time()
     run()
     took = Took(time.perf_counter() - start, time.process_time() - cpu)
@@ -219,6 +221,7 @@ def main() -> None:
         "copy_seconds": copies,
         "merge_seconds": merges,
         "ratio": merged.seconds / copied.seconds,
+        "ratio_of_fastest": min(merges).seconds / min(copies).seconds,
         "rounding": written.overall_rounding,
         "process": ours,
         "peft": peft,
@@ -234,7 +237,10 @@ def main() -> None:
     for what, took, each in (("copy ", copied, copies), ("merge", merged, merges)):
         seconds = ", ".join(f"{t.seconds:.2f}" for t in each)
         print(f"  {what}  {took.seconds:6.2f} s  (of {seconds}), {took.cpu:.2f} s of CPU")
-    print(f"  merge / copy  {merged.seconds / copied.seconds:.2f}")
+    fastest = min(merges).seconds / min(copies).seconds
+    print(
+        f"  merge / copy  {merged.seconds / copied.seconds:.2f} (the fastest of each: {fastest:.2f})"
+    )
     for who, one in (("lowrank", ours), ("PEFT", peft)):
         if one:
             print(

@@ -170,7 +170,7 @@ def initial_magnitude(W: Tensor, lora: Lora) -> Tensor:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, in one pass: only a sum that is not finite has each looked at."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def check_shapes(W_shape: torch.Size, lora: Lora) -> None:

@@ -28,7 +28,7 @@ from lowrank.tensor_files import DTYPES, Entry, mapped, memory, read_bytes
 
 _BLOCK = 1 << 22  # bytes of a block, and of its sums
 _WINDOW = 1 << 22  # entries that are mapped at a time
-_MEASURED_BLOCKS = 4  # of a large tensor, or a few more
+_MEASURED_BLOCKS = 2  # of a large tensor, or a few more
 
 
 class Block(NamedTuple):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,13 +24,14 @@ from lowrank.tensor_files import (
     Entry,
     Layout,
     copy_bytes,
+    created,
     layout,
     memory,
     opened,
     write_bytes,
 )
 
-_MEASURED = 1 << 16  # entries of a matrix on which rounding is measured; of a smaller one all
+_MEASURED = 1 << 14  # entries of a matrix on which rounding is measured; of a smaller one all
 _WORKERS = 8
 
 
@@ -59,22 +60,21 @@ def write_files(
     metadata: of each file's header. for_inputs: round parts that have a covariance for their inputs. Raises MergeError, with all of them, if merged numbers are not finite.
     """
     with ExitStack() as stack:
-        jobs = []
+        jobs: list[_Job] = []
+        files = []
         layouts = {}
         for name, parts in plan.files.items():
             rows = [(part.name, part.dtype, part.shape, _bytes(part.shape, part)) for part in parts]
             layouts[name] = place = layout(rows, {"format": "pt", **metadata.get(name, {})})
-            file = stack.enter_context(opened(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-            os.truncate(file, place.bytes)
-            write_bytes(file, memoryview(place.head), 0)
-            jobs += [_Job(part, file, place.start[part.name], for_inputs) for part in parts]
+            files.append(file := _File(stack.enter_context(created(folder / name, place))))
+            file.jobs += [_Job(part, file, place.start[part.name], for_inputs) for part in parts]
+            jobs += file.jobs
         sources = {
             path: stack.enter_context(opened(path))
             for path in {j.part.source.file for j in jobs if isinstance(j.part.source, Entry)}
         }
-        with ThreadPoolExecutor(workers) as pool:
-            scratch = threading.local()
-            results = list(pool.map(lambda job: job.run(sources, scratch), jobs))
+        _run_all(files, workers, sources)
+    results = [job.result for job in jobs]
     lost = [text for result in results if (text := result.not_finite)]
     if lost:
         raise MergeError(
@@ -92,21 +92,62 @@ class _Result:
     not_finite: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
+class _File:
+    """One that is written. File systems take one write to a file at a time: threads that do not take turns spin."""
+
+    number: int
+    jobs: deque[_Job] = field(default_factory=deque)
+    workers: int = 0
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+
+def _run_all(files: Sequence[_File], workers: int, sources: Mapping[Path, int]) -> None:
+    """Run all jobs of `files`; whoever is free takes the next one of the file that fewest are writing to."""
+    scratch = threading.local()
+    choosing = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with choosing:
+                file = min((f for f in files if f.jobs), key=lambda f: f.workers, default=None)
+                if file is None:
+                    return
+                job = file.jobs.popleft()
+                file.workers += 1
+            try:
+                job.result = job.run(sources, scratch)
+            except BaseException:
+                for each in files:
+                    each.jobs.clear()
+                raise
+            finally:
+                file.workers -= 1
+
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(work) for _ in range(workers)]:
+            done.result()
+
+
+@dataclass(eq=False)
 class _Job:
     """One tensor and its place in the file."""
 
     part: Part
-    file: int
+    file: _File
     start: int
     for_inputs: bool
+    result: _Result = field(default_factory=_Result)
 
     def run(self, sources: Mapping[Path, int], scratch: threading.local) -> _Result:
         part = self.part
         if part.copied:
             assert isinstance(part.source, Entry)
             entry = part.source
-            copy_bytes(sources[entry.file], entry.start, entry.bytes, self.file, self.start)
+            with self.file.turn:
+                copy_bytes(
+                    sources[entry.file], entry.start, entry.bytes, self.file.number, self.start
+                )
             return _Result()
         C = part.covariance
         total, at = math.prod(part.shape), self.start
@@ -115,7 +156,8 @@ class _Job:
         for rounded, exact, before in blocks(part, sources, scratch, share, self.for_inputs):
             if not all_finite(rounded):
                 largest = max(largest, rounded.abs().max().item()) or math.nan
-            write_bytes(self.file, memory(rounded), at)
+            with self.file.turn:
+                write_bytes(self.file.number, memory(rounded), at)
             at += rounded.numel() * rounded.element_size()
             if C is not None:
                 noise_out += _through(C, exact - rounded, part.transposed)

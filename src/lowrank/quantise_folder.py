@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,6 +35,7 @@ from lowrank.tensor_files import (
     Entry,
     Layout,
     copy_bytes,
+    created,
     layout,
     memory,
     opened,
@@ -207,9 +207,7 @@ def _write(path: Path, rows: list[_Row], metadata: Mapping[str, str]) -> Layout:
             for source in {row.source for row in rows}
             if isinstance(source, Path)
         }
-        file = stack.enter_context(opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        os.truncate(file, place.bytes)
-        write_bytes(file, memoryview(place.head), 0)
+        file = stack.enter_context(created(path, place))
         for row in rows:
             source = files[row.source] if isinstance(row.source, Path) else row.source
             copy_bytes(source, row.start, row.bytes, file, place.start[row.name])

@@ -140,6 +140,18 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         os.close(file)
 
 
+@contextmanager
+def created(path: Path, place: Layout) -> Iterator[int]:
+    """A new file of this layout, with its head, and room for the rest: a full disk is an OSError now, not at the end."""
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, place.bytes)
+        else:
+            os.truncate(file, place.bytes)
+        write_bytes(file, memoryview(place.head), 0)
+        yield file
+
+
 def read_block(file: int, entry: Entry, begin: int, end: int, into: bytearray | None = None):
     """Entries `begin` to `end` of the flattened tensor, (end - begin,); in `into` if it is given."""
     dtype = entry.torch_dtype
