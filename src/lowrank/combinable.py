@@ -206,24 +206,26 @@ def check_layers(
 def tied_heads(
     adapters: Sequence[Adapter], layers: list[dict[str, AdapterLayer]]
 ) -> dict[str, str]:
-    """The heads whose adapters are an embedding's, transposed (ensure_weight_tying), with the embedding's path."""
+    """The heads and embeddings whose adapters are an embedding's (ensure_weight_tying), with its path; heads have it transposed."""
 
-    def same(head: str, path: str) -> bool:
-        pairs = [(found[head], found[path]) for found in layers if path in found and head in found]
+    def same(other: str, path: str) -> bool:
+        pairs = [(f[other], f[path]) for f in layers if path in f and other in f]
         return bool(pairs) and all(
-            torch.equal(h.A, e.B.T) and torch.equal(h.B, e.A.T) for h, e in pairs
+            torch.equal(o.A, e.A) and torch.equal(o.B, e.B)
+            if o.embedding
+            else torch.equal(o.A, e.B.T) and torch.equal(o.B, e.A.T)
+            for o, e in pairs
         )
 
     if not all(adapter.config.ensure_weight_tying for adapter in adapters):
         return {}
     every = {path: layer for found in layers for path, layer in found.items()}
     embeddings = [path for path, layer in every.items() if layer.embedding]
-    return {
-        head: path
-        for head, layer in every.items()
-        for path in embeddings
-        if not layer.embedding and same(head, path)
+    leaders = {
+        other: next((path for path in embeddings if path == other or same(other, path)), other)
+        for other in every
     }
+    return {other: path for other, path in leaders.items() if other != path}
 
 
 def _nesting_problems(layers: list[dict[str, AdapterLayer]], names: Sequence[str]) -> Iterator[str]:

@@ -109,8 +109,9 @@ def combine(
         )
         combined[path] = _combined(path, parts[path], method, options)
     for path, embedding in tied.items():
-        found = combined[embedding]
-        combined[path] = found._replace(A=found.B.mT, B=found.A.mT)
+        same = combined[embedding]
+        embedded = any(layer.embedding for layer, _ in parts[path])
+        combined[path] = same if embedded else same._replace(A=same.B.mT, B=same.A.mT)
     combined = _of_even_rank(combined, parts)
 
     with_bias = any(a.config.lora_bias for a in adapters)

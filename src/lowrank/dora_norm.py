@@ -1,6 +1,5 @@
 """‖W + ΔW‖ for DoRA's forward, worked out again only where something in it has changed."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,19 +11,17 @@ from lowrank.lora import Lora, merged_weight_norm, row_squares
 _ATTRIBUTE = "_lowrank_row_squares"
 
 
-def known_norm(
-    known: dict[str, Any], name: str, held: Tensor, read: Callable[[], Tensor], lora: Lora
-) -> Tensor:
+def known_norm(layer: Any, name: str, lora: Lora) -> Tensor:
     """‖W + ΔW‖ by row (out,), float32 at least, as `merged_weight_norm` has it.
 
-    known: what the layer remembers, by the adapter's name. held: the parameter that holds W. read: gives
-    W (out, in). ‖w‖² of a frozen W is kept, and so is the whole norm of a frozen adapter: then W is not
+    layer: the LoraLayer, which remembers it by the adapter's name. ‖w‖² of a frozen W is kept, and so is the whole norm of a frozen adapter: then W is not
     read at all. A change in place, or of the parameter, is seen by torch's count of changes and the
     address; one through `.data`, which torch does not count, is not. Compiled code remembers nothing.
     """
+    known, held, read = layer.norms, layer.unmerged_parameter(), layer.unmerged_weight
     if torch.compiler.is_compiling() or not _watched(held):
         return merged_weight_norm(read(), lora)
-    squares = _kept_row_squares(held, read)
+    squares = _kept_row_squares(layer, held)
     if not (_watched(lora.A) and _watched(lora.B)):
         known.pop(name, None)
         return merged_weight_norm(read(), lora, squares)
@@ -44,13 +41,13 @@ def known_norm(
     return found[1]
 
 
-def _kept_row_squares(held: Any, read: Callable[[], Tensor]) -> Tensor:
-    """On the parameter itself, so that it goes when the parameter goes."""
-    found = getattr(held, _ATTRIBUTE, None)
+def _kept_row_squares(layer: Any, held: Any) -> Tensor:
+    """On the parameter itself, so that it goes when the parameter goes; an embedding's rows are a tied head's columns."""
+    kept: dict[Any, tuple] = vars(held).setdefault(_ATTRIBUTE, {})
+    found = kept.get(layer.kind.hold)
     if found is None or found[0] != _state(held):
         with torch.inference_mode(False):
-            found = (_state(held), row_squares(read()))
-        setattr(held, _ATTRIBUTE, found)
+            found = kept[layer.kind.hold] = (_state(held), row_squares(layer.unmerged_weight()))
     return found[1]
 
 

@@ -42,6 +42,7 @@ class Fields(Protocol):
     modules_to_save: Any
     init_lora_weights: Any
     target_parameters: Any
+    ensure_weight_tying: Any
     trainable_token_indices: Any
 
 
@@ -79,9 +80,13 @@ def changes(
             + "\nWas the adapter trained on this base, and for this task?"
         )
     yield from _token_rows(rows, weights, saved, config)
+    heads = _tied_heads(lora, weights, config)
     for name, (path, parts) in lora.items():
         _, begin = starts.get(name, (path, None))
-        yield from _adapted(name, path, parts, weights, saved, config, held_transposed, begin)
+        along = -2 if name in heads else -1
+        yield from _adapted(
+            name, path, parts, weights, saved, config, held_transposed, begin, along
+        )
     for name, value in saved.items():
         before = weights[name].double()
         after = value.double()
@@ -136,6 +141,20 @@ def _tied_copies(
             if other not in saved and weight.data_ptr() == weights[name].data_ptr() != 0:
                 found[other] = value
     return found
+
+
+def _tied_heads(
+    lora: Mapping[str, tuple[str, dict[str, Tensor]]], weights: Mapping[str, Tensor], config: Fields
+) -> set[str]:
+    """The weights whose adapter is that of an embedding, transposed: a magnitude is one for each column."""
+    if not config.ensure_weight_tying:
+        return set()
+    embeddings = {weights[n].data_ptr() for n, (_, parts) in lora.items() if "embedding" in parts}
+    return {
+        name
+        for name, (_, parts) in lora.items()
+        if "embedding" not in parts and weights[name].data_ptr() in embeddings
+    }
 
 
 def _token_rows(
@@ -197,7 +216,9 @@ def _adapted(
     config: Fields,
     held_transposed: frozenset[str],
     start: Mapping[str, Tensor] | None,
+    along: int,
 ) -> Iterator[Change]:
+    """along: the dimension of W that DoRA's norm runs over."""
     A, B = parts["lora_A"].double(), parts["lora_B"].double()
     # an embedding saved beside its LoRA (a resized vocabulary) is the base that the LoRA stands on
     held = saved.pop(name, weights[name]).double()
@@ -223,8 +244,8 @@ def _adapted(
     merged = W + delta
     magnitude = parts.get("lora_magnitude_vector")
     if magnitude is not None:
-        m = magnitude.double().reshape(*W.shape[:-1], 1)
-        merged = m * merged / merged.norm(dim=-1, keepdim=True)
+        norm = merged.norm(dim=along, keepdim=True)
+        merged = magnitude.double().reshape(norm.shape) * merged / norm
     merged = merged.mT if transposed else merged.reshape(held.shape)
     yield Change(name, held, merged, saved=False)
 

@@ -1,7 +1,5 @@
 """The tensors of one adapter at one layer: A, B, the magnitude, and their size along the rank."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
 RANK_DIMENSION = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
@@ -43,26 +41,3 @@ class Factor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.weight.dtype}"
-
-
-class TiedFactor(nn.Module):
-    """A or B of a head that is tied to an embedding: the embedding's other factor, transposed. No parameter of its own.
-
-    (B·A)ᵀ = Aᵀ·Bᵀ, so that the two weights, (num, in) both, change alike.
-    """
-
-    bias = None
-
-    def __init__(self, embedding: Any, factor: str, adapter_name: str):
-        super().__init__()
-        self._source = (embedding, factor, adapter_name)  # a tuple: not a submodule of this one
-
-    @property
-    def leader(self) -> Any:
-        """The embedding's LoraLayer."""
-        return self._source[0]
-
-    @property
-    def weight(self) -> Tensor:
-        embedding, factor, adapter_name = self._source
-        return getattr(embedding, factor)[adapter_name].T

@@ -18,7 +18,7 @@ from lowrank.init import taken_out
 from lowrank.layer import LoraLayer
 from lowrank.lora import initial_magnitude, scaling_for
 from lowrank.path_patterns import pattern_value
-from lowrank.state import adapter_keys
+from lowrank.state import adapter_keys, different_values, tied_keys
 from lowrank.wrappers import lora_layers, target_path, wrappers
 
 # what both adapters must agree on; everything else in a configuration comes with the swap
@@ -183,10 +183,20 @@ def _fitted(
     keys = adapter_keys(model, adapter_name)
     known = {form: name for key, name in keys.items() for form in _forms(key, name)}
     given = {known[_plain(key)]: t for key, t in state_dict.items() if _plain(key) in known}
+    plain = {_plain(key): t for key, t in state_dict.items()}
+    copies = tied_keys(model, adapter_name)
+    repeated = {_plain(key) for key in copies}
     problems = [
         f"{key} belongs to no layer of this adapter.{did_you_mean(key, keys)}"
         for key in state_dict
-        if _plain(key) not in known
+        if _plain(key) not in known and _plain(key) not in repeated
+    ]
+    problems += [
+        different_values(key, source)
+        for key, (source, transposed) in copies.items()
+        if (copy := plain.get(_plain(key))) is not None
+        and (own := plain.get(_plain(source))) is not None
+        and not torch.equal(copy.T if transposed else copy, own)
     ]
     swaps = []
     in_layers: set[str] = set()
@@ -255,7 +265,8 @@ def _put(swap: _Swap, adapter_name: str) -> None:
     layer.describe(
         adapter_name, swap.r, swap.lora_alpha, scaling_for(swap.lora_alpha, swap.r, swap.use_rslora)
     )
-    if not swap.tensors and layer.use_dora[adapter_name]:  # DoRA without a change: m = ‖W‖
+    own = layer.leader(adapter_name) is None
+    if own and not swap.tensors and layer.use_dora[adapter_name]:  # DoRA without a change: m = ‖W‖
         m: Any = layer.lora_magnitude_vector[adapter_name]
         norm = initial_magnitude(layer.unmerged_weight(), layer.lora(adapter_name))
         m.weight.copy_(norm.view(m.weight.shape))

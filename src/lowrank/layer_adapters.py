@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lowrank.bases.kinds import EMBEDDING, EXPERTS, Kind
 from lowrank.errors import AdapterNameError, InitDataError, ShapeError
-from lowrank.factors import Factor, TiedFactor
+from lowrank.factors import Factor
 from lowrank.held_weight import HeldWeight
 from lowrank.init import WAITS_FOR, Init, Start, init_named, of_experts, taken_out
-from lowrank.lora import Lora, check_shapes, initial_magnitude
+from lowrank.lora import Lora, check_shapes, initial_magnitude, transposed
 from lowrank.routing import Routing
 
 
@@ -50,6 +50,7 @@ class LayerAdapters(nn.Module):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.lora_start_A = nn.Module()
         self.lora_start_B = nn.Module()
+        self._leaders: dict[str, LayerAdapters] = {}  # of adapters that are another layer's
         self.waiting: dict[str, str] = {}  # adapters without values, and the call that gives them
         self._initial_scaling: dict[str, float] = {}
         self.norms: dict[str, Any] = {}  # what DoRA's forward remembers
@@ -127,19 +128,20 @@ class LayerAdapters(nn.Module):
         scaling: float,
         dropout: float,
     ) -> None:
-        """A new adapter that is the embedding's of that name, transposed: this linear layer has its weight."""
-        self.lora_A[name] = TiedFactor(leader, "lora_embedding_B", name)
-        self.lora_B[name] = TiedFactor(leader, "lora_embedding_A", name)
+        """A new adapter that is the embedding's of that name: this layer has its weight.
+
+        A linear layer has it transposed: (B·A)ᵀ = Aᵀ·Bᵀ, so that the two weights, (num, in) both, change alike.
+        """
+        self._leaders[name] = leader
         self.r[name], self.lora_alpha[name] = leader.r[name], lora_alpha
         self.scaling[name] = self._initial_scaling[name] = scaling
-        self.use_dora[name] = self.lora_bias[name] = False
+        self.use_dora[name], self.lora_bias[name] = leader.use_dora[name], False
         self.lora_dropout[name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.train(self.base_layer.training)
 
     def leader(self, name: str) -> Any:
-        """The embedding's layer whose adapter this one is too (ensure_weight_tying)."""
-        factor = self.lora_A._modules.get(name)
-        return factor.leader if isinstance(factor, TiedFactor) else None
+        """The embedding's layer whose adapter this one is too (ensure_weight_tying); None: it is this layer's own."""
+        return self._leaders.get(name)
 
     def _remove(self, name: str) -> None:
         """Takes out all that the adapter has here."""
@@ -159,6 +161,7 @@ class LayerAdapters(nn.Module):
             self._initial_scaling,
         ):
             del values[name]
+        self._leaders.pop(name, None)
         self.norms.pop(name, None)
         self.routing.invocations.pop(name, None)
         if not self.r:
@@ -176,6 +179,10 @@ class LayerAdapters(nn.Module):
         [B − B₀, B₀]·[A; A − A₀]: what training changed stands there by itself, so that a cast to bfloat16
         rounds the change, and not A and B, whose rounding would be as large as the change.
         """
+        leader = self._leaders.get(name)
+        if leader is not None:
+            found = leader.lora(name)._replace(scaling=self.scaling[name])
+            return found if self.kind.layout is EMBEDDING else transposed(found)
         A, B = self._factors(name)
         bias: Any = self.lora_B[name].bias if name in self.lora_B else None
         magnitude = None
@@ -192,6 +199,8 @@ class LayerAdapters(nn.Module):
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The parameters A and B, in the shapes in which they are registered and saved."""
+        if name in self._leaders:
+            return self._leaders[name]._factors(name)
         if self.kind.layout is EMBEDDING:
             return self.lora_embedding_A[name], self.lora_embedding_B[name]
         down: Any = self.lora_A[name]
@@ -204,7 +213,8 @@ class LayerAdapters(nn.Module):
 
     def rank(self, name: str) -> int:
         """The rank of `lora(name)`: r, or 2r if the adapter's start is taken out of W."""
-        return self.r[name] * (2 if name in self.lora_start_A._buffers else 1)
+        own = self._leaders.get(name, self)
+        return self.r[name] * (2 if name in own.lora_start_A._buffers else 1)
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their name within this layer, `lora_A.<name>.weight` and so on.

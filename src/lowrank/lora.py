@@ -24,6 +24,7 @@ class Lora(NamedTuple):
     scaling: float | Tensor  # a tensor () where compiled code is to follow its changes
     magnitude: Tensor | None = None  # (*expert, out)  DoRA
     bias: Tensor | None = None  # (out,)  lora_bias
+    by_column: bool = False  # the magnitude is (in,), of W's columns: a head tied to an embedding
 
 
 def scaling_for(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -88,7 +89,7 @@ def of_expert(lora: Lora, e: int) -> Lora:
 def weight_change(W: Tensor, lora: Lora) -> Tensor:
     """What `lora` adds to `W`, as a tensor of W's shape in float32 (float64 for a float64 W).
 
-    For LoRA this is ΔW; for DoRA, m ⊙ V / ‖V‖ − W. Several adapters on one weight add up.
+    For LoRA this is ΔW; for DoRA, m ⊙ V / ‖V‖ − W, by row or, `by_column`, by column. Several adapters on one weight add up.
     """
     check_shapes(W.shape, lora)
     dtype = _accumulation_dtype(W)
@@ -97,8 +98,9 @@ def weight_change(W: Tensor, lora: Lora) -> Tensor:
         return delta
     W = W.to(dtype)
     V = W + delta
-    norm = torch.linalg.vector_norm(V, dim=-1).detach().clamp_min(_TINY)
-    return (lora.magnitude.to(dtype) / norm).unsqueeze(-1) * V - W
+    along = -2 if lora.by_column else -1
+    norm = torch.linalg.vector_norm(V, dim=along, keepdim=True).detach().clamp_min(_TINY)
+    return (lora.magnitude.to(dtype).unsqueeze(along) / norm) * V - W
 
 
 def delta_norm(lora: Lora) -> float:
@@ -161,6 +163,11 @@ def _without_autocast(W: Tensor) -> AbstractContextManager:
     if not torch.amp.autocast_mode.is_autocast_available(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
+
+
+def transposed(lora: Lora) -> Lora:
+    """The adapter that changes Wᵀ as `lora` changes W; without its bias. Views."""
+    return Lora(lora.B.mT, lora.A.mT, lora.scaling, lora.magnitude, by_column=not lora.by_column)
 
 
 def initial_magnitude(W: Tensor, lora: Lora) -> Tensor:

@@ -23,6 +23,9 @@ def add_output_change(
     """`y` and what the adapter adds to the base layer's output, in y's dtype. rows: those in x; None: all."""
     op, lora, base = layer.kind.op, layer.lora(name), layer.base_layer
     assert op is not None
+    if lora.by_column and lora.magnitude is not None:
+        x, y = _by_column(layer, name, lora.magnitude, x, y)
+        lora = lora._replace(magnitude=None)
     # the small A and B take the dtype of the large x, never the reverse
     dtype = x.dtype if op.floating else y.dtype
     h = op.down(base, x, lora.A.to(dtype), layer.lora_dropout[name])
@@ -81,9 +84,8 @@ def output_in_one(layer: Any, names: list[str], args: tuple, kwargs: dict) -> Te
 def _with_magnitude(layer: Any, name: str, lora: Lora, y: Tensor, along: list[int]) -> Tensor:
     """DoRA: c·(y − b) + b with c = m / ‖W + ΔW‖, from y = (W + ΔW)x + b (Liu et al. 2024, eq. 5)."""
     base = layer.base_layer
-    norm = known_norm(layer.norms, name, layer.unmerged_parameter(), layer.unmerged_weight, lora)
     assert lora.magnitude is not None
-    c = (lora.magnitude / norm).view(along)
+    c = (lora.magnitude / known_norm(layer, name, lora)).view(along)
     bias = getattr(base, layer.kind.bias, None)
     bias = None if bias is None else bias.to(y.dtype).view(along)
     y = y if bias is None else y - bias
@@ -93,6 +95,18 @@ def _with_magnitude(layer: Any, name: str, lora: Lora, y: Tensor, along: list[in
         return scaled
     # in bfloat16 a c near 1 would be 1: the rest of c comes after it
     return torch.addcmul(scaled, y, (c - high).to(y.dtype).detach())
+
+
+def _by_column(layer: Any, name: str, m: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """c ⊙ x, and `y` with W(c ⊙ x) − Wx in it: DoRA at a head whose columns are the rows that the embedding normalises.
+
+    W′x = (W + ΔW)(c ⊙ x) with c = m / ‖W + ΔW‖ of each column. c − 1 is small: what it adds is not lost in bfloat16.
+    """
+    leader = layer.leader(name)
+    change = x * (m / known_norm(leader, name, leader.lora(name)) - 1).to(x.dtype)
+    added = layer.base_layer(change)
+    bias = getattr(layer.base_layer, layer.kind.bias, None)
+    return x + change, y + (added if bias is None else added - bias.to(added.dtype))
 
 
 def weights_with(layer: Any, names: list[str]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from lowrank.adapter_file import START_NAME, Adapter
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError
 from lowrank.init import Init, Start, computed_again, taken_out
-from lowrank.state import file_key
+from lowrank.state import file_key, tied_copies
 from lowrank.wrappers import lora_layers
 
 _FACTOR_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
@@ -26,12 +26,13 @@ _FACTOR_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([A
 
 def start_factors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """A₀ and B₀ of every layer, under the keys that A and B have in the adapter's file; empty if there are none."""
-    return {
+    found = {
         f"{path}.{file_key(name, adapter_name)}": tensor
         for path, layer in lora_layers(model)
         if adapter_name in layer.r
         for name, tensor in layer.start_factors(adapter_name).items()
     }
+    return found | tied_copies(model, found, adapter_name)
 
 
 def inits_from(start: Mapping[str, Tensor]) -> dict[str, Init]:
@@ -90,7 +91,7 @@ def replace_start(
     """
     given = inits_from(start)
     for path, layer in lora_layers(model):
-        if adapter_name not in layer.r:
+        if adapter_name not in layer.r or layer.leader(adapter_name) is not None:
             continue
         place = path.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if place in given or (taken_out(init) and init != before):
@@ -120,7 +121,8 @@ def start_problems(adapter: Adapter, name: str) -> list[str]:
 def as_plain_lora(adapter: Adapter) -> Adapter:
     """The same ΔW as an ordinary LoRA of rank 2r for the untouched base; `adapter` itself if it is one.
 
-    B·A − B₀·A₀ = [B − B₀, B₀]·[A; A − A₀]. Every layer keeps its scaling: r and rank_pattern are doubled,
+    B·A − B₀·A₀ = [B − B₀, B₀]·[A; A − A₀] = [B, B − B₀]·[A − A₀; A₀]: the second for an embedding, so that a head that has
+    its adapter transposed has it still. Every layer keeps its scaling: r and rank_pattern are doubled,
     lora_alpha and alpha_pattern grow by 2, or with rsLoRA by √2. DoRA's magnitudes stay: they belong to W + ΔW.
     Raises AdapterFileError if the start was taken out of W and is not known.
     """
@@ -155,6 +157,8 @@ def _doubled(key: str, factor: Tensor, start: Tensor | None) -> Tensor:
     if not match or start is None:
         return factor
     start = start.to(factor)
-    if match[2] == "A":
-        return torch.cat([factor, factor - start])
-    return torch.cat([factor - start, start], dim=1)
+    first = (match[2] == "A") is not (
+        "lora_embedding_" in key
+    )  # of the two that make up one factor
+    parts = [factor, factor - start] if first else [factor - start, start]
+    return torch.cat(parts, dim=0 if match[2] == "A" else 1)

@@ -94,7 +94,7 @@ def get_peft_model_state_dict(
     found = {key: whole(state[name]) for key, name in keys.items()}
     for key, (parameter, layer) in _factors(model, adapter_name, keys).items():
         found[key] = with_rank(parameter, found[key], layer.r[adapter_name], layer.experts)
-    return found | {key: found[source].T for key, source in _tied_keys(model, adapter_name).items()}
+    return found | tied_copies(model, found, adapter_name)
 
 
 def set_peft_model_state_dict(
@@ -116,10 +116,12 @@ def set_peft_model_state_dict(
     del low_cpu_mem_usage  # parameters on the meta device are always filled by assignment
     keys = adapter_keys(model, adapter_name)
     tensors = {key: t for key, t in peft_model_state_dict.items() if not _redundant(key)}
-    for key, source in _tied_keys(model, adapter_name).items():
+    for key, (source, transposed) in tied_keys(model, adapter_name).items():
         copy = tensors.pop(key, None)
-        if copy is not None and source in tensors and not torch.equal(copy.T, tensors[source]):
-            raise AdapterMismatchError(_different_values(key, source))
+        if copy is not None and source in tensors:
+            copy = copy.T if transposed else copy
+            if not torch.equal(copy, tensors[source]):
+                raise AdapterMismatchError(different_values(key, source))
     optional = {name: name for name in embedding_keys(model, adapter_name)}
     missing = [key for key in keys if key not in tensors]
     unexpected = [key for key in tensors if key not in keys and key not in optional]
@@ -238,27 +240,50 @@ def _check_shared(
             continue
         other = first.setdefault(id(parameters[name]), key)
         if other != key and not torch.equal(tensors[other], tensors[key]):
-            raise AdapterMismatchError(_different_values(other, key))
+            raise AdapterMismatchError(different_values(other, key))
 
 
-def _different_values(key: str, other: str) -> str:
+def different_values(key: str, other: str) -> str:
+    """What is wrong with a file that holds two values of what ensure_weight_tying makes one."""
     return (
         f"The file has different values for {_short(key)} and {_short(other)}, which ensure_weight_tying=True "
-        "makes one tensor. Set it to False in the adapter's configuration to load both."
+        "makes one tensor. To load both, set it to False in the adapter's configuration, and name both there."
     )
 
 
-def _tied_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """For the keys that PEFT's files have for a head whose adapter is its embedding's, the embedding's; transposed."""
+def tied_keys(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, bool]]:
+    """For the keys that files have for what shares its embedding's adapter, the embedding's; whether it is transposed.
+
+    PEFT's files have the factors. A magnitude beside a head's is one for each of its columns, where PEFT looks for
+    one for each row and so refuses the file.
+    """
     layers = {id(layer): path for path, layer in lora_layers(model)}
     found = {}
     for path, layer in lora_layers(model):
         leader = layer.leader(adapter_name)
-        if leader is not None:
-            source = layers[id(leader)]
-            found[f"{path}.lora_A.weight"] = f"{source}.lora_embedding_B"
-            found[f"{path}.lora_B.weight"] = f"{source}.lora_embedding_A"
+        if leader is None:
+            continue
+        source, head = layers[id(leader)], layer.kind.layout is not leader.kind.layout
+        keys = (
+            ("lora_B.weight", "lora_A.weight") if head else ("lora_embedding_A", "lora_embedding_B")
+        )
+        for key, factor in zip(keys, "AB", strict=True):
+            found[f"{path}.{key}"] = (f"{source}.lora_embedding_{factor}", head)
+        if layer.use_dora[adapter_name]:
+            m = "lora_magnitude_vector"
+            found[f"{path}.{m}"] = (f"{source}.{m}", False)
     return found
+
+
+def tied_copies(
+    model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str
+) -> dict[str, Tensor]:
+    """What files repeat of an embedding's `tensors` for those that share its adapter, by key; views."""
+    return {
+        key: tensors[source].T if transposed else tensors[source]
+        for key, (source, transposed) in tied_keys(model, adapter_name).items()
+        if source in tensors
+    }
 
 
 def embedding_keys(model: nn.Module, adapter_name: str) -> list[str]:

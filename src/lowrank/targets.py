@@ -122,7 +122,8 @@ def _plan(model: nn.Module, config: LoraConfig) -> list[Target]:
             )
             refused.setdefault(reason, []).append(path)
             continue
-        target, why_not = _target(model, modules, path, module_path, parameter, config)
+        lends = path == leader and followers  # its adapter acts in those that call it
+        target, why_not = _target(model, modules, path, module_path, parameter, config, not lends)
         if target:
             here = [targets[k].kind for k in targets if k[0] == id(module)]
             why_not += _clashes(target.kind, adapted.get(id(module), []), here)
@@ -214,6 +215,7 @@ def _target(
     module_path: str,
     parameter: str | None,
     config: LoraConfig,
+    called: bool,
 ) -> tuple[Target | None, list[str]]:
     module = modules[module_path]
     parent = modules.get(module_path.rpartition(".")[0], model)
@@ -244,7 +246,7 @@ def _target(
         reasons.append(
             f"{taken} computes with this layer's weight, where there is no input to drop from: set lora_dropout=0, or leave it out."
         )
-    reasons += why_never_called(model, module_path, module)
+    reasons += why_never_called(model, module_path, module) if called else []
     if isinstance(r, int) and r < 1:
         return None, reasons
     experts = kind.experts(module)
@@ -275,20 +277,17 @@ def _target(
 def _follower(
     target: Target, leader: Target | None, config: LoraConfig, refused: dict[str, list[str]]
 ) -> Target:
-    """The target of a module that is tied to the input embedding; adds to `refused` why its adapter cannot be."""
+    """The target of a module that is tied to the input embedding; adds to `refused` why its adapter cannot be.
+
+    An embedding, or a linear layer, which has the adapter transposed. DoRA normalises what the embedding's magnitude is
+    of, the columns of a linear layer; a start taken out of W is the one that the embedding's W gives.
+    """
     if leader is None:
         return target
     reason = ""
-    if (
-        leader.kind.op is None
-        or leader.kind.layout is not EMBEDDING
-        or target.kind.op is not LINEAR
-    ):
+    ordinary = target.kind.op is LINEAR or target.kind.layout is EMBEDDING
+    if leader.kind.op is None or leader.kind.layout is not EMBEDDING or not ordinary:
         reason = "its adapter cannot be that of the embedding it is tied to; both must be ordinary layers"
-    elif config.use_dora:
-        reason = "DoRA normalises the rows of one of a tied pair, and the columns of the other"
-    elif taken_out(config.init_lora_weights):
-        reason = f"a start taken out of W (init_lora_weights={config.init_lora_weights!r}) is not shared by a tied pair"
     elif (target.r, target.lora_alpha) != (leader.r, leader.lora_alpha):
         reason = f"its rank and alpha are not those of {leader.path}, whose adapter it has"
     if reason:
