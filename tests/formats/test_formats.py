@@ -429,7 +429,7 @@ SGM = {
 
 
 def test_kohya_names_of_stability_s_layout():
-    read = kohya._reader("unet", Options())
+    read = kohya._reader("lora_unet_", "unet", Options())
     assert {name: read(name) for name in SGM} == SGM
 
 
@@ -476,10 +476,8 @@ def test_kohya_refuses_what_is_no_lora(tmp_path):
     save_file({f"{name}.lora_down.weight": torch.ones(2, 3)}, tmp_path / "c.safetensors")
     with pytest.raises(ConvertError, match="only one of"):
         convert(tmp_path / "c.safetensors", tmp_path / "out2", "peft")
-    with pytest.raises(
-        ConvertError, match=r"no component 'transformer'.*\n.*must be the name of a file"
-    ):
-        convert(written(tmp_path / "in", UNET), tmp_path / "d", "kohya", component="transformer")
+    with pytest.raises(ConvertError, match=r"no component 'prior'.*\n.*must be the name of a file"):
+        convert(written(tmp_path / "in", UNET), tmp_path / "d", "kohya", component="prior")
 
 
 # --- diffusers ------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """kohya's file: `lora_unet_down_blocks_0_….lora_down.weight`, `.lora_up.weight`, `.alpha`, `.dora_scale`.
 
 ΔW = (alpha / r)·up·down; alpha is r where the file has none. The names have lost which of their
-underscores were dots: they are read back by the words of the SD and SDXL layouts, or by the names in
-the base's own files. `lora_mid` (LoCon's Tucker form) is multiplied into `lora_down`, which is exact.
+underscores were dots: they are read back by the words of the SD, SDXL and T5 layouts, or by the names in
+the base's own files; Flux's transformer has names of its own (flux.py). `lora_mid` (LoCon's Tucker form) is multiplied into `lora_down`, which is exact.
 `dora_scale` is LyCORIS' m / ‖W + ΔW‖ by output row, as PEFT's.
 """
 
@@ -16,16 +16,20 @@ from torch import Tensor
 
 from lowrank.adapter_file import Adapter, load_tensors, save_tensors
 from lowrank.adapter_layers import AdapterLayer, read_layers
+from lowrank.config import LoraConfig
 from lowrank.errors import ConvertError, listed
 from lowrank.files import folder_for, replacing
+from lowrank.formats import flux
 from lowrank.formats.layers import Options, as_adapter, shown, unknown
 
 HOLDS = frozenset({"dora", "convolutions"})
 PREFIXES = {
     "lora_unet_": "unet",
+    "lora_transformer_": "transformer",  # OneTrainer's, with diffusers' names
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",  # T5, which is Flux's second
 }
 _PARTS = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale")
 
@@ -58,6 +62,18 @@ _TEXT = (
     *("text_model", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
     *("mlp", "fc1", "fc2", "text_projection"),
 )
+_T5 = (
+    *("encoder", "block", "layer", "SelfAttention", "DenseReluDense"),
+    *("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
+)
+_FLUX = (
+    *("transformer_blocks", "single_transformer_blocks", "attn", "ff", "ff_context", "net", "proj"),
+    *("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("norm", "norm1", "norm1_context", "linear", "proj_mlp", "proj_out", "norm_out"),
+    *("x_embedder", "context_embedder", "time_text_embed", "linear_1", "linear_2"),
+    *("timestep_embedder", "text_embedder", "guidance_embedder"),
+)
+_WORDS = {"lora_unet_": _UNET, "lora_transformer_": _FLUX, "lora_te3_": _T5}  # else _TEXT
 # Stability's own names, which SDXL's trainers write -> diffusers'
 _SGM_WHOLE = {
     "input_blocks_0_0": "conv_in",
@@ -90,22 +106,25 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
     unknown(
         lost, str(path), options, " LoHa, LoKr, norms and whole differences have no form as LoRA."
     )
-    readers = {component: _reader(component, options) for component in PREFIXES.values()}
+    sd3 = any(name.startswith("lora_te2_") for name in parts)
+    components = PREFIXES if sd3 else {**PREFIXES, "lora_te3_": "text_encoder_2"}
+    readers = {prefix: _reader(prefix, name, options) for prefix, name in components.items()}
     found: dict[str, dict[str, AdapterLayer]] = {}
     problems, nameless = [], []
     for name, part in parts.items():
         prefix = _prefix(name)
-        component = PREFIXES[prefix]
-        module = readers[component](name.removeprefix(prefix))
-        if module is None:
-            nameless.append(name)
-            continue
+        component, short = components[prefix], name.removeprefix(prefix)
         try:
-            found.setdefault(component, {})[module] = _layer(part)
+            if prefix == "lora_unet_" and flux.is_flux(short):
+                found.setdefault("transformer", {}).update(flux.modules(short, _layer(part)))
+            elif (module := readers[prefix](short)) is not None:
+                found.setdefault(component, {})[module] = _layer(part)
+            else:
+                nameless.append(name)
         except ConvertError as error:
             problems.append(f"{name}: {error}")
     if nameless:
-        hint = "of the base's files" if options.base else "of the SD and SDXL layouts"
+        hint = "of the base's files" if options.base else "of the SD, SDXL, Flux and T5 layouts"
         problems.append(
             f"{len(nameless)} names are none {hint}: {shown(nameless)}. base= (--base) reads the names "
             "from a pipeline's folder."
@@ -125,28 +144,26 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
         problems.append(f"{path} must be the name of a file: {path}.safetensors.")
     if problems:
         raise ConvertError(listed(problems))
-    sdxl = "text_encoder_2" in adapters
-    start = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if sdxl else "lora_te_"}
     tensors: dict[str, Tensor] = {}
     nameless, sizes = [], set()
     for component, adapter in adapters.items():
-        reader = _reader(component, options)
-        for module, layer in read_layers(adapter).layers.items():
-            # transformers 5 has dropped CLIPTextModel's `text_model`; kohya's readers look for it
-            inner = component != "unet" and module.startswith("encoder.")
-            module = f"text_model.{module}" if inner else module
-            short = module.replace(".", "_")
-            if (reader(short) or "").removeprefix("text_model.") != module.removeprefix(
-                "text_model."
-            ):
-                nameless.append(f"{component}.{module}")
-            at = start.get(component, "lora_te2_") + short
-            tensors |= _tensors(at, layer)
+        layers = read_layers(adapter).layers
+        prefix = _written_prefix(component, layers, adapters)
+        if component == "transformer":
+            _known_as_flux(adapter)
+            placed, foreign = flux.named(layers)
+            nameless += [f"{component}.{module}" for module in foreign]
+        else:
+            placed, foreign = _underscored(layers, _reader(prefix, component, options))
+            nameless += [f"{component}.{module}" for module in foreign]
+        for short, layer in placed.items():
+            tensors |= _tensors(prefix + short, layer)
             sizes.add((layer.r, layer.alpha))
     if nameless:
         raise ConvertError(
-            f"{len(nameless)} modules have no name in the SD and SDXL layouts, by which kohya's readers "
-            f"find them: {shown(nameless)}. base= (--base) takes the names of a pipeline's folder instead."
+            f"{len(nameless)} modules have no name in the SD, SDXL, Flux and T5 layouts, by which kohya's "
+            f"readers find them: {shown(nameless)}. base= (--base) takes the names of a pipeline's folder instead, "
+            "but for transformers."
         )
     header = {"ss_network_module": "networks.lora"}
     if len(sizes) == 1:
@@ -157,10 +174,54 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
     return [path]
 
 
+def _written_prefix(
+    component: str, layers: Mapping[str, AdapterLayer], adapters: Mapping[str, Adapter]
+) -> str:
+    if component == "transformer":
+        return "lora_unet_"
+    if component == "text_encoder" and not {"text_encoder_2", "transformer"} & adapters.keys():
+        return "lora_te_"
+    if component == "text_encoder_2" and any(path.startswith("encoder.block.") for path in layers):
+        return "lora_te3_"
+    return {name: prefix for prefix, name in PREFIXES.items()}[component]
+
+
+def _underscored(
+    layers: Mapping[str, AdapterLayer], reader: Callable[[str], str | None]
+) -> tuple[dict[str, AdapterLayer], list[str]]:
+    """By name with underscores, and the paths that no reader would find again."""
+    found, foreign = {}, []
+    for path, layer in layers.items():
+        # transformers 5 has dropped CLIPTextModel's `text_model`; kohya's readers look for it
+        path = f"text_model.{path}" if path.startswith("encoder.layers.") else path
+        short = path.replace(".", "_")
+        if (reader(short) or "").removeprefix("text_model.") != path.removeprefix("text_model."):
+            foreign.append(path)
+        found[short] = layer
+    return found, foreign
+
+
+def _known_as_flux(adapter: Adapter) -> bool:
+    """Whether the adapter or its base says that it is a Flux transformer's, whose names others have too.
+
+    Raises ConvertError where they say that it is another's.
+    """
+    said = (adapter.config.auto_mapping or {}).get("base_model_class")
+    file = Path(adapter.config.base_model_name_or_path or "", "transformer", "config.json")
+    if file.exists():
+        said = LoraConfig.from_json_file(file).get("_class_name")
+    if said not in (None, "FluxTransformer2DModel"):
+        raise ConvertError(f"kohya's names are known for Flux's transformer, and not for {said}.")
+    return said is not None
+
+
 def notes(adapters: Mapping[str, Adapter]) -> list[str]:
     """Where programs that read these files differ from what the file says, for these adapters."""
-    found = []
     layers = {name: read_layers(adapter).layers for name, adapter in adapters.items()}
+    transformer = layers.pop("transformer", {})
+    t5 = [name for name, inner in layers.items() if any("encoder.block." in path for path in inner)]
+    clip = {name: i for name, i in layers.items() if name.startswith("text") and name not in t5}
+    found = []
     if any(adapter.config.use_dora for adapter in adapters.values()):
         found.append(
             "dora_scale has LyCORIS' meaning; diffusers leaves it out, ComfyUI divides by another norm."
@@ -169,11 +230,19 @@ def notes(adapters: Mapping[str, Adapter]) -> list[str]:
         found.append(
             "Layers differ in alpha; diffusers gives all attention layers of a component one alpha: write its format for it."
         )
-    for name, inner in layers.items():
-        if name != "unet" and not any(path.endswith("out_proj") for path in inner):
+    for name, inner in clip.items():
+        if not any(path.endswith("out_proj") for path in inner):
             found.append(
                 f"{name} has no out_proj, by which diffusers recognises kohya's names there: write its format for it."
             )
+    found += [f"diffusers leaves out {name}, a T5: write its format for it." for name in t5]
+    if transformer and not _known_as_flux(adapters["transformer"]):
+        found.append(
+            "The transformer is written as Flux's, by its names alone: no configuration says what it is."
+        )
+    ends = [path for path in ("proj_out", "norm_out.linear") if path in transformer]
+    if any(transformer[path].scaling != 1 for path in ends):
+        found.append(f"diffusers takes alpha = r for {shown(ends)}: write its format for it.")
     return found
 
 
@@ -227,12 +296,12 @@ def _prefix(name: str) -> str:
     return next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
 
 
-def _reader(component: str, options: Options) -> Callable[[str], str | None]:
+def _reader(prefix: str, component: str, options: Options) -> Callable[[str], str | None]:
     """From a name with underscores to the module's path, or None if it is none."""
     if options.base:
         known = module_names(Path(options.base), component)
         return lambda name: known.get(name) or known.get(name.removeprefix("text_model_"))
-    words = _UNET if component == "unet" else _TEXT
+    words = _WORDS.get(prefix, _TEXT)
     return lambda name: dotted(_from_sgm(name), words)
 
 
