@@ -238,6 +238,74 @@ def test_what_diffusers_saves_is_read(tmp_path, with_metadata):
         assert_same(deltas(tmp_path / "out" / name), wanted[name])
 
 
+def flux_pipeline():
+    from transformers import CLIPTextModel
+
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=6,
+        num_attention_heads=2,
+        joint_attention_dim=7,
+        pooled_projection_dim=10,
+        axes_dims_rope=(2, 2, 2),
+    )
+    rest = dict.fromkeys(("tokenizer", "text_encoder_2", "tokenizer_2"))
+    return diffusers.FluxPipeline(
+        transformer=transformer,
+        vae=diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=4),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder=text_encoder(CLIPTextModel),
+        **rest,
+    )
+
+
+FLUX = (
+    "transformer_blocks.1.attn.to_q",
+    "transformer_blocks.1.attn.to_v",
+    "to_add_out",
+    "ff.net.2",
+)
+
+
+@pytest.mark.parametrize("ends", [(), ("x_embedder", "context_embedder", "norm_out.linear")])
+def test_diffusers_reads_flux_from_kohya_s_format(tmp_path, ends):
+    """But for what lies outside of the blocks, which it does not load: when it has learnt it, the note can go."""
+    pipe = flux_pipeline()
+    parts = {
+        "transformer": write(tmp_path / "in/transformer", pipe.transformer, FLUX + ends),
+        "text_encoder": write(tmp_path / "in/text_encoder", pipe.text_encoder, ("out_proj", "fc1")),
+    }
+    result = convert(tmp_path / "in", tmp_path / "a.safetensors", "kohya")
+    assert any("outside of the blocks" in note for note in result.notes) == bool(ends)
+    pipe.load_lora_weights(str(tmp_path / "a.safetensors"))
+    wanted = deltas(parts["transformer"])
+    found = {path: delta for path, delta in loaded(pipe.transformer).items() if delta.any()}
+    assert_same(found, {path: delta for path, delta in wanted.items() if path not in ends})
+    assert_same(loaded(pipe.text_encoder), deltas(parts["text_encoder"]))
+
+
+def test_diffusers_splits_flux_s_linear1_as_we_fuse_it(tmp_path):
+    """Of Flux's own size: diffusers knows no other. The state dict alone, no model."""
+    at, width = "single_transformer_blocks.3", 3072
+    shapes = {"attn.to_q": width, "attn.to_v": width, "proj_mlp": 4 * width}
+    tensors = {}
+    for name, out in shapes.items():
+        tensors[f"{PREFIX}{at}.{name}.lora_A.weight"] = torch.randn(3, width)
+        tensors[f"{PREFIX}{at}.{name}.lora_B.weight"] = torch.randn(out, 3)
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=list(shapes))
+    write_adapter(tmp_path / "in", Adapter(config, tensors, {}))
+    convert(tmp_path / "in", tmp_path / "a.safetensors", "kohya", component="transformer")
+    found = diffusers.FluxPipeline.lora_state_dict(str(tmp_path / "a.safetensors"))
+    for name in shapes:
+        A, B = (found[f"transformer.{at}.{name}.lora_{factor}.weight"].double() for factor in "AB")
+        a, b = (tensors[f"{PREFIX}{at}.{name}.lora_{factor}.weight"].double() for factor in "AB")
+        wanted = 7 / 3 * b[::101] @ a  # some of the rows
+        torch.testing.assert_close(B[::101] @ A, wanted, rtol=0, atol=1e-4)
+    assert not found[f"transformer.{at}.attn.to_k.lora_B.weight"].any()
+
+
 def test_kohya_names_of_every_layer_in_sd_and_sdxl():
     """Every linear and convolution of the two layouts keeps its name, there and back."""
     for xl in (False, True):

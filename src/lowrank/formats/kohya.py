@@ -240,9 +240,11 @@ def notes(adapters: Mapping[str, Adapter]) -> list[str]:
         found.append(
             "The transformer is written as Flux's, by its names alone: no configuration says what it is."
         )
-    ends = [path for path in ("proj_out", "norm_out.linear") if path in transformer]
-    if any(transformer[path].scaling != 1 for path in ends):
-        found.append(f"diffusers takes alpha = r for {shown(ends)}: write its format for it.")
+    ends = [path for path in transformer if "blocks." not in path]
+    if ends:
+        found.append(
+            f"diffusers leaves out what lies outside of the blocks, {shown(ends)}: write its format for it."
+        )
     return found
 
 

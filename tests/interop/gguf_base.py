@@ -1,0 +1,85 @@
+"""A model of transformers' as GGUF in float32, as far as the tests need it."""
+
+import gguf
+import torch
+from adapters import rotary_order
+
+# norms that scale by 1 + w in transformers, and by what the file holds in llama.cpp
+ONE_PLUS = ("gemma", "gemma2", "gemma3_text")
+
+
+def write_base(model, path, arch, rotary=False, transposed=False):
+    """arch: llama.cpp's name. rotary: the rows of q and k are reordered. transposed: as transformers' Conv1D."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", 4 * config.hidden_size))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_dimension_count(head_dim)
+        rope = config.rope_parameters
+        rope = rope.get("full_attention", rope)
+        writer.add_rope_freq_base(rope["rope_theta"])
+        if getattr(config, "sliding_window", None):
+            writer.add_sliding_window(config.sliding_window)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    for field, add in {
+        "attn_logit_softcapping": writer.add_attn_logit_softcapping,
+        "final_logit_softcapping": writer.add_final_logit_softcapping,
+        "num_local_experts": writer.add_expert_count,
+        "num_experts": writer.add_expert_count,
+        "num_experts_per_tok": writer.add_expert_used_count,
+        "moe_intermediate_size": writer.add_expert_feed_forward_length,
+        "shared_expert_intermediate_size": writer.add_expert_shared_feed_forward_length,
+    }.items():
+        if getattr(config, field, None):
+            add(getattr(config, field))
+    for name, tensor in tensors(model, arch, heads, kv_heads, rotary, transposed):
+        writer.add_tensor(name, tensor.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tensors(model, arch, heads, kv_heads, rotary, transposed):
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    known = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
+    for key, tensor in model.state_dict().items():
+        if key == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if "norm" in key and model.config.model_type in ONE_PLUS:
+            tensor = tensor + 1
+        if rotary and key.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = rotary_order(tensor, heads if "q_proj" in key else kv_heads)
+        if (
+            transposed
+            and key.endswith("weight")
+            and any(w in key for w in ("c_attn", "c_proj", "c_fc"))
+        ):
+            tensor = tensor.T
+        if key.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            block = f"blk.{key.split('.')[2]}"
+            yield f"{block}.ffn_gate_exps.weight", gate
+            yield f"{block}.ffn_up_exps.weight", up
+            continue
+        if key.endswith("experts.down_proj"):
+            yield f"blk.{key.split('.')[2]}.ffn_down_exps.weight", tensor
+            continue
+        name = known.get_name(key, (".weight", ".bias"))
+        assert name, key
+        yield name, torch.squeeze(tensor)
