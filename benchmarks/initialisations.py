@@ -34,9 +34,9 @@ from lowrank.calibration.observe import planned, watching
 from lowrank.embedded import BASE_SKILL, dataset_path, model_path
 from lowrank.init import init_named
 from lowrank.kernels.quantisation import rounded
-from lowrank.train.encode import encode, pad_id, pad_right
+from lowrank.train.data.encode import encode, pad_id, pad_right
+from lowrank.train.data.rows import read_rows
 from lowrank.train.evaluate import mean_loss
-from lowrank.train.rows import read_rows
 from lowrank.wrappers import lora_layers
 
 R, ALPHA, BATCH = 8, 16, 8

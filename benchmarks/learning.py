@@ -28,9 +28,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import lowrank
 from lowrank.embedded import BASE_SKILL, dataset_path, model_path
-from lowrank.train.encode import encode, pad_id, pad_right
+from lowrank.train.data.encode import encode, pad_id, pad_right
+from lowrank.train.data.rows import read_rows
 from lowrank.train.evaluate import evaluate, mean_loss
-from lowrank.train.rows import read_rows
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

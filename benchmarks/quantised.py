@@ -120,9 +120,9 @@ def train_once(
 
     from lowrank.embedded import dataset_path, model_path
     from lowrank.model_size import held_bytes
-    from lowrank.train.encode import encode, pad_id, pad_right
+    from lowrank.train.data.encode import encode, pad_id, pad_right
+    from lowrank.train.data.rows import read_rows
     from lowrank.train.evaluate import evaluate
-    from lowrank.train.rows import read_rows
 
     if library == "PEFT":
         from peft import LoraConfig, get_peft_model

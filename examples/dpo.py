@@ -21,10 +21,10 @@ from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from lowrank import LoraConfig  # noqa: E402
 from lowrank.embedded import model_path  # noqa: E402
+from lowrank.train.data.rows import as_rows  # noqa: E402
+from lowrank.train.data.shapes import Preference  # noqa: E402
 from lowrank.train.evaluate import answer_rows  # noqa: E402
-from lowrank.train.preference import encode_preferences, implicit_rewards  # noqa: E402
-from lowrank.train.rows import as_rows  # noqa: E402
-from lowrank.train.shapes import Preference  # noqa: E402
+from lowrank.train.tasks.preference import encode_preferences, implicit_rewards  # noqa: E402
 
 output = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 tokenizer = AutoTokenizer.from_pretrained(model_path())

@@ -21,9 +21,9 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 from lowrank import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from lowrank.embedded import dataset_path, model_path  # noqa: E402
-from lowrank.train.encode import encode, pad_right  # noqa: E402
+from lowrank.train.data.encode import encode, pad_right  # noqa: E402
+from lowrank.train.data.rows import read_rows  # noqa: E402
 from lowrank.train.evaluate import evaluate  # noqa: E402
-from lowrank.train.rows import read_rows  # noqa: E402
 
 output = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 torch.manual_seed(0)

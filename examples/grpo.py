@@ -22,9 +22,9 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from lowrank import LoraConfig  # noqa: E402
 from lowrank.embedded import model_path  # noqa: E402
+from lowrank.train.data.shapes import Row  # noqa: E402
 from lowrank.train.evaluate import answer_rows  # noqa: E402
-from lowrank.train.rewards import reward_functions, total  # noqa: E402
-from lowrank.train.shapes import Row  # noqa: E402
+from lowrank.train.tasks.rewards import reward_functions, total  # noqa: E402
 
 
 def whole(completions, **_):

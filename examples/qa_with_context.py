@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank import LoraConfig, compat, get_peft_model
 from lowrank.embedded import dataset_path, model_path
-from lowrank.train.encode import encode
+from lowrank.train.data.encode import encode
+from lowrank.train.data.rows import read_rows
 from lowrank.train.evaluate import evaluate
-from lowrank.train.rows import read_rows
 from lowrank.train.settings import TrainSettings
-from lowrank.train.sft import train_sft
+from lowrank.train.tasks.sft import train_sft
 
 folder = Path(tempfile.mkdtemp())
 

@@ -33,7 +33,7 @@ lowrank.compat.install(override=True)
 import datasets, matplotlib.figure, matplotlib.backends.backend_svg
 from transformers import LlamaForCausalLM, TokenizersBackend, Trainer
 import lowrank.cli.record, lowrank.report.text
-import lowrank.train.resuming, lowrank.train.sft, lowrank.train.stopping
+import lowrank.train.run.resuming, lowrank.train.tasks.sft, lowrank.train.run.stopping
 import gc
 gc.freeze()  # a collection in a child would go through all of this
 """

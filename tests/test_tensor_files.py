@@ -1,11 +1,12 @@
 """Reading the headers of safetensors files, broken ones too."""
 
 import json
+import resource
 
 import pytest
 
 from lowrank.errors import TensorFileError
-from lowrank.tensor_files import entries
+from lowrank.tensor_files import Layout, created, entries
 
 ROW = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -27,3 +28,16 @@ def test_a_broken_header_is_told(tmp_path, header, message):
     with pytest.raises(TensorFileError) as told:
         entries(path)
     assert message in str(told.value)
+
+
+def test_a_file_that_does_not_fit_is_told_before_anything_is_written(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with (
+            pytest.raises(TensorFileError, match=r"big needs 3\.00 GB, and \d+\.\d\d GB are free"),
+            created(tmp_path / "big", Layout(b"head", {}, 3_000_000_000)),
+        ):
+            raise AssertionError("the file was made")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

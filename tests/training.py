@@ -7,9 +7,9 @@ import tiny
 import torch
 
 from lowrank import LoraConfig, compat, get_peft_model
-from lowrank.train.rows import Row
+from lowrank.train.data.rows import Row
 from lowrank.train.settings import EvalSettings, TrainSettings
-from lowrank.train.sft import train_sft
+from lowrank.train.tasks.sft import train_sft
 
 ROWS = [
     Row(pair["prompt"], pair["completion"] * (1 + i % 3), f"f:{i}")

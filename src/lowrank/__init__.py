@@ -43,7 +43,7 @@ _PUBLIC = {
     "cast_mixed_precision_params": "functional",
     "check_hotswap_configs_compatible": "hotswap",
     "convert": "formats",
-    "create_loraplus_optimizer": "train.loraplus",
+    "create_loraplus_optimizer": "train.run.loraplus",
     "delta_weight": "lora",
     "get_base_model_state_dict": "state",
     "get_eva_state_dict": "calibration.eva",
@@ -139,7 +139,7 @@ if TYPE_CHECKING:
     from lowrank.status import get_layer_status, get_model_status
     from lowrank.targets import Target, plan
     from lowrank.task_types import TaskType
-    from lowrank.train.loraplus import create_loraplus_optimizer
+    from lowrank.train.run.loraplus import create_loraplus_optimizer
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,12 @@ one after the other: mapping a whole file would count every page that was touche
 """
 
 import ctypes
+import errno
 import json
 import math
 import mmap
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -142,12 +144,20 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 @contextmanager
 def created(path: Path, place: Layout) -> Iterator[int]:
-    """A new file of this layout, with its head, and room for the rest: a full disk is an OSError now, not at the end."""
+    """A new file of this layout, with its head, and room for the rest. Raises TensorFileError if there is none."""
     with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, place.bytes)
-        else:
-            os.truncate(file, place.bytes)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file, 0, place.bytes)
+            else:
+                os.truncate(file, place.bytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            free = shutil.disk_usage(path.parent).free
+            raise TensorFileError(
+                f"{path} needs {place.bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there: {error.strerror}."
+            ) from error
         write_bytes(file, memoryview(place.head), 0)
         yield file
 

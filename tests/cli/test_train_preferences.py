@@ -8,7 +8,7 @@ import text
 
 from lowrank import compat
 from lowrank.cli import main
-from lowrank.train.on_trl import trl_class
+from lowrank.train.tasks.on_trl import trl_class
 
 PAIRS = [
     {"prompt": f"{i} or {i % 5}?", "chosen": f"a{i % 3}", "rejected": f"X{i % 4}"}

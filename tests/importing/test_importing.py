@@ -125,7 +125,7 @@ def test_data_sets_of_axolotl(entry, wanted, tmp_path):
 
 
 def test_the_prompt_of_alpaca_in_axolotl(tmp_path):
-    from lowrank.train.rows import read_rows
+    from lowrank.train.data.rows import read_rows
 
     found = values(config(tmp_path, f"{MINIMAL}datasets: [{{path: a/b, type: alpaca}}]\n"))
     assert found["data.chat_template"] is False

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank.train.answers import exact_match, longest_common_subsequence, rouge_l
-from lowrank.train.encode import IGNORE, encode, prompt_ids
+from lowrank.train.data.encode import IGNORE, encode, prompt_ids
+from lowrank.train.data.rows import Row
 from lowrank.train.evaluate import (
     answer_rows,
     evaluate,
@@ -16,7 +17,6 @@ from lowrank.train.evaluate import (
     mean_loss,
     summed_loss,
 )
-from lowrank.train.rows import Row
 
 ROWS = [Row(f"say {'x' * n}", "abc" * n, f"f:{n}") for n in (1, 7, 2, 5, 3)]
 

@@ -15,15 +15,15 @@ import torch
 from training import FAST, ROWS, adapted, fit
 
 from lowrank.errors import LowrankWarning
-from lowrank.train.divergence import (
+from lowrank.train.data.encode import IGNORE, encode
+from lowrank.train.data.rows import DataError, Row
+from lowrank.train.run.divergence import (
     GRADIENT_STEPS,
     DivergedError,
     GradientWatch,
     LossWatch,
     rows_words,
 )
-from lowrank.train.encode import IGNORE, encode
-from lowrank.train.rows import DataError, Row
 
 TOKENIZER = text.byte_tokenizer()
 EOS = 2

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import lowrank
 from lowrank import compat
 from lowrank.errors import LowrankError, did_you_mean
-from lowrank.train.processes import one_voice
+from lowrank.train.run.processes import one_voice
 
 # the one line of each command stands here, so that `lowrank --help` imports none of them
 COMMANDS = {

@@ -23,7 +23,7 @@ from lowrank.cli.settings import (
 )
 from lowrank.errors import listed
 from lowrank.train.settings import OF_TASKS, DataSettings, EvalSettings, Sections, TrainSettings
-from lowrank.train.tasks import TASKS
+from lowrank.train.tasks.table import TASKS
 
 DEFAULT = EvalSettings()
 
@@ -66,7 +66,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from lowrank.cli.opening import context_length, open_model, open_read, task_for
     from lowrank.report.data import to_json
-    from lowrank.train.rows import rows_of
+    from lowrank.train.data.rows import rows_of
 
     settings = settings_of(args)
     task = TASKS[args.task] if args.task else task_for(args.model, args.adapter)

@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
 
     from lowrank.cli.opening import base_and_adapter, model_path, open_model
     from lowrank.model_folder import load_config
-    from lowrank.train.encode import prompt_ids
+    from lowrank.train.data.encode import prompt_ids
+    from lowrank.train.data.render import prompt_text
     from lowrank.train.evaluate import GREEDY, generate_batch
-    from lowrank.train.render import prompt_text
-    from lowrank.train.seq2seq import generated
+    from lowrank.train.tasks.seq2seq import generated
 
     base = load_config(model_path(base_and_adapter(args.model, args.adapter)[0]))
     decodes = bool(getattr(base, "is_encoder_decoder", False))

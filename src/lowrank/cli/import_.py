@@ -20,7 +20,7 @@ from lowrank.cli.values import Wrong, check_value
 from lowrank.errors import LowrankError
 from lowrank.importing.config import Unmapped
 from lowrank.train.settings import OF_TASKS
-from lowrank.train.tasks import TASKS
+from lowrank.train.tasks.table import TASKS
 
 FROM = ("axolotl", "llama-factory", "trl", "mlx-lm")
 

@@ -10,8 +10,8 @@ from torch import nn
 from lowrank.errors import LowrankError
 from lowrank.quantisation import Quantisation
 from lowrank.task_types import TASK_HEADS
-from lowrank.train.rows import DataError, ReadData, Row, read_data, supervised
-from lowrank.train.tasks import TASKS, Task
+from lowrank.train.data.rows import DataError, ReadData, Row, read_data, supervised
+from lowrank.train.tasks.table import TASKS, Task
 
 EMBEDDED = "embedded"
 DEFAULT_LENGTH = 2048

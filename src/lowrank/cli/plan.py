@@ -15,7 +15,7 @@ from typing import Any
 from lowrank.cli.quantising import wanted
 from lowrank.cli.settings import ELSEWHERE as ELSEWHERE
 from lowrank.cli.settings import add_flags, resolve
-from lowrank.train.tasks import TASKS
+from lowrank.train.tasks.table import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

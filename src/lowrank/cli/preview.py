@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
     from lowrank.model_folder import load_config
     from lowrank.report.rows import LEGEND, row_view
     from lowrank.report.text import fact_table, show
-    from lowrank.train.rows import as_rows, rows_of
-    from lowrank.train.shapes import Row
-    from lowrank.train.tasks import TASKS
+    from lowrank.train.data.rows import as_rows, rows_of
+    from lowrank.train.data.shapes import Row
+    from lowrank.train.tasks.table import TASKS
 
     data, path = settings.data, model_path(settings.model.path or "")
     tokenizer = open_tokenizer(path, settings.model.revision)

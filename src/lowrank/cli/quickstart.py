@@ -151,7 +151,7 @@ def merge_and_verify(folder: Path) -> Any:
     from lowrank.merge import merge_to_folder
     from lowrank.report.text import merged, show
     from lowrank.report.text import verification as verification_text
-    from lowrank.train.encode import encode
+    from lowrank.train.data.encode import encode
     from lowrank.verify import verify
 
     base, adapter, out = model_path("embedded"), folder / "lora", folder / "merged"

@@ -21,13 +21,13 @@ from lowrank.report.data import Curve, Fact, Metric, ModuleRow, RunReport, Sampl
 from lowrank.report.html import write_report
 from lowrank.report.rows import LEGEND, row_view
 from lowrank.report.words import amount
-from lowrank.train.best import Best
+from lowrank.train.data.packing import pack
+from lowrank.train.data.rows import ReadData
+from lowrank.train.data.task_shapes import shapes_for
 from lowrank.train.metrics import METRICS
-from lowrank.train.packing import pack
-from lowrank.train.rows import ReadData
+from lowrank.train.run.best import Best
 from lowrank.train.settings import OF_TASKS
-from lowrank.train.task_shapes import shapes_for
-from lowrank.train.tasks import TASKS
+from lowrank.train.tasks.table import TASKS
 
 REPORT = Path("reports/report.html")
 PACKAGES = ("lowrank", "torch", "transformers", "accelerate", "tokenizers", "safetensors")

@@ -12,7 +12,7 @@ from lowrank.config import LoraConfig
 from lowrank.errors import LowrankError, did_you_mean, listed
 from lowrank.train.settings import READING as READING_NAMES
 from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings, misplaced
-from lowrank.train.tasks import TASKS, Task
+from lowrank.train.tasks.table import TASKS, Task
 
 
 class SettingsError(LowrankError, ValueError):

@@ -15,9 +15,9 @@ from pathlib import Path
 from lowrank.cli.quantising import wanted
 from lowrank.cli.settings import ELSEWHERE as ELSEWHERE
 from lowrank.cli.settings import RunSettings, SettingsError, add_flags, resolve
-from lowrank.train import processes
-from lowrank.train.optimizers import transformers_name
-from lowrank.train.trackers import trackers
+from lowrank.train.run import processes
+from lowrank.train.run.optimizers import transformers_name
+from lowrank.train.run.trackers import trackers
 
 REQUIRED = ("model.path", "data.train")
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     data = training.open_data(settings)
     show(record.data_lines(data, settings))
     with compat.standing_in():
-        from lowrank.train.stopping import Stopped
+        from lowrank.train.run.stopping import Stopped
 
         try:
             result = training.train(settings, data, folder, checkpoint)
@@ -91,7 +91,7 @@ def resume_from(settings: RunSettings, folder: Path) -> Path | None:
     resume = settings.output.resume
     if resume is False:
         return None
-    from lowrank.train import checkpoints
+    from lowrank.train.run import checkpoints
 
     if resume == "auto" and not checkpoints.any_whole(folder):
         return None

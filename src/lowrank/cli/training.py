@@ -24,15 +24,15 @@ from lowrank.model_size import held_bytes
 from lowrank.quantisation import Quantisation
 from lowrank.report.data import ModuleRow
 from lowrank.targets import saved_modules
-from lowrank.train import processes
-from lowrank.train.best import check_best
-from lowrank.train.encode import Encoded, encode, pad_id
+from lowrank.train.data.encode import Encoded, encode, pad_id
+from lowrank.train.data.rows import DataError, ReadData, rows_of, supervised
 from lowrank.train.evaluate import Evaluation, mean_loss
-from lowrank.train.rows import DataError, ReadData, rows_of, supervised
-from lowrank.train.saving import save
-from lowrank.train.screen import Screen
-from lowrank.train.tasks import TASKS
-from lowrank.train.trainer import Training, count_trainable
+from lowrank.train.run import processes
+from lowrank.train.run.best import check_best
+from lowrank.train.run.saving import save
+from lowrank.train.run.screen import Screen
+from lowrank.train.run.trainer import Training, count_trainable
+from lowrank.train.tasks.table import TASKS
 
 # what a run writes: --overwrite removes these, and nothing else that is in the folder
 WRITTEN = (

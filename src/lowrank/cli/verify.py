@@ -102,7 +102,7 @@ def examples(names: list[str], adapter: str, base: str, split: str) -> list[dict
     """Rows of data as token ids; split: which part of embedded data."""
     from lowrank.cli.opening import context_length, open_rows, open_tokenizer
     from lowrank.model_folder import has_tokenizer, load_config
-    from lowrank.train.encode import encode
+    from lowrank.train.data.encode import encode
 
     tokenizer = open_tokenizer(adapter if has_tokenizer(adapter) else base)
     length = context_length(load_config(base), None)

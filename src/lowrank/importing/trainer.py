@@ -17,7 +17,7 @@ from lowrank.importing.rules import (
     unsupported,
     words,
 )
-from lowrank.train.trackers import TRACKERS
+from lowrank.train.run.trackers import TRACKERS
 
 OPTIMIZERS = {
     "adamw_torch": "adamw",

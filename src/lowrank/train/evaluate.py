@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank.train.answers import ANSWER_METRICS, exact_match
-from lowrank.train.encode import IGNORE, Encoded, pad_id, pad_right, prompt_ids
+from lowrank.train.data.encode import IGNORE, Encoded, pad_id, pad_right, prompt_ids
+from lowrank.train.data.render import prompt_text
+from lowrank.train.data.shapes import Row
 from lowrank.train.metrics import METRICS, ROWS, TOKENS
-from lowrank.train.render import prompt_text
 from lowrank.train.settings import EvalSettings
-from lowrank.train.shapes import Row
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
+from lowrank.train.data.task_shapes import SHAPE_NAMES
 from lowrank.train.metrics import OF_ANSWERS
-from lowrank.train.optimizers import OPTIMIZERS
-from lowrank.train.task_shapes import SHAPE_NAMES
-from lowrank.train.tasks import TASKS, meant
-from lowrank.train.trackers import TRACKERS, known_trackers
+from lowrank.train.run.optimizers import OPTIMIZERS
+from lowrank.train.run.trackers import TRACKERS, known_trackers
+from lowrank.train.tasks.table import TASKS, meant
 
 
 class Bound(NamedTuple):

@@ -1,0 +1,1 @@
+"""One run of a Trainer: watched, measured, stopped, resumed and saved."""
