@@ -23,9 +23,14 @@ OPTIONS = {
     "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},  # mlx-lm's default
     "qwen3": {"head_dim": 10},
     "gemma": {"head_dim": 10},
-    "gemma2": {"head_dim": 10},
+    "gemma2": {"head_dim": 10, "query_pre_attn_scalar": 10},
     # six layers are a whole pattern of local and global attention; √36 is exact in bfloat16, which mlx-lm rounds to
-    "gemma3_text": {"head_dim": 10, "num_hidden_layers": 6, "hidden_size": 36},
+    "gemma3_text": {
+        "head_dim": 10,
+        "num_hidden_layers": 6,
+        "hidden_size": 36,
+        "query_pre_attn_scalar": 10,
+    },
 }
 
 

@@ -2,7 +2,6 @@
 
 import gguf
 import torch
-from adapters import rotary_order
 
 # norms that scale by 1 + w in transformers, and by what the file holds in llama.cpp
 ONE_PLUS = ("gemma", "gemma2", "gemma3_text")
@@ -30,8 +29,9 @@ def write_base(model, path, arch, rotary=False, transposed=False):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_dimension_count(head_dim)
         rope = config.rope_parameters
-        rope = rope.get("full_attention", rope)
-        writer.add_rope_freq_base(rope["rope_theta"])
+        writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+        if "sliding_attention" in rope:
+            writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
         if getattr(config, "sliding_window", None):
             writer.add_sliding_window(config.sliding_window)
     else:
@@ -64,7 +64,9 @@ def tensors(model, arch, heads, kv_heads, rotary, transposed):
         if "norm" in key and model.config.model_type in ONE_PLUS:
             tensor = tensor + 1
         if rotary and key.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = rotary_order(tensor, heads if "q_proj" in key else kv_heads)
+            n = heads if "q_proj" in key else kv_heads
+            # of each head the rows i and i + half side by side
+            tensor = tensor.unflatten(0, (n, 2, -1)).transpose(1, 2).flatten(0, 2)
         if (
             transposed
             and key.endswith("weight")

@@ -17,7 +17,8 @@ def logits(model, adapter, ids):
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 64
     params.n_threads = params.n_threads_batch = 1
-    # its own default is float16
+    # its own default is float16, and flash attention rounds to it
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
     context = llama_cpp.llama_init_from_model(model, params)
     assert context, "no context"
