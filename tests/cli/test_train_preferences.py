@@ -56,7 +56,12 @@ def test_a_task_from_yaml_to_an_adapter_that_reopens(task, model, tmp_path, caps
     shown = capsys.readouterr()
     name, title = ("reward", "mean reward") if task == "grpo" else (None, "preference accuracy")
     assert title in shown.out
-    assert title in (folder / "reports/report.html").read_text()
+    report = (folder / "reports/report.html").read_text()
+    assert title in report
+    curves = (
+        "mean" if task == "grpo" else "margin" if task == "reward" else "chosen, rejected, margin"
+    )
+    assert f'aria-label="Reward by optimiser steps: {curves}' in report
     assert {"reward": "margin", "grpo": "reward"}.get(task, "margin") in shown.err
     record = json.loads((folder / "run.json").read_text())
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

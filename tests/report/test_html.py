@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from report_data import METRICS, VERIFICATION
 
-from lowrank.report.chart import loss_chart
+from lowrank.report.chart import step_chart
 from lowrank.report.data import (
     Curve,
     Fact,
@@ -33,6 +33,7 @@ RUN = RunReport(
         Curve("train <loss>", list(range(1, 61)), [4 / step for step in range(1, 61)]),
         Curve("eval", [0, 30, 60], [4.0, math.nan, 0.1]),
     ],
+    rewards=[Curve("margin", [1, 2], [0.0, 0.5])],
     samples=[Sample(EVIL, "expected", "", f"after {EVIL}", None, False, True)],
     modules=[ModuleRow("q_proj", "linear", "192 × 192", 8, 4, 12288)],
     trainable_params=12288,
@@ -155,19 +156,27 @@ def test_the_file_replaces_an_older_one_or_stays(tmp_path, monkeypatch):
 
 
 def test_the_chart_takes_the_pages_colours_and_is_the_same_each_time():
-    svg = loss_chart(RUN.losses)
-    assert svg == loss_chart(RUN.losses)
+    svg = step_chart(RUN.losses)
+    assert svg == step_chart(RUN.losses)
     assert "currentColor" in svg
     assert "#000000" not in svg
-    assert 'aria-label="Loss by optimiser steps: train &lt;loss&gt;, eval"' in svg
+    assert 'aria-label="Loss, nats per token by optimiser steps: train &lt;loss&gt;, eval"' in svg
     assert "NaN" not in svg
     assert "nan" not in svg
-    assert loss_chart([]) == loss_chart([Curve("none", [1], [math.inf])]) == ""
+    assert step_chart([]) == step_chart([Curve("none", [1], [math.inf])]) == ""
+
+
+def test_losses_and_rewards_have_a_chart_each():
+    found = Page(page(RUN))
+    assert found.tags.count("svg") == 2
+    names = [value for _, name, value in found.attributes if name == "aria-label"]
+    assert names[1] == "Reward by optimiser steps: margin"
+    assert Page(page(dataclasses.replace(RUN, rewards=[]))).tags.count("svg") == 1
 
 
 def test_a_long_curve_is_thinned():
     steps = list(range(100_000))
-    assert len(loss_chart([Curve("train", steps, [1 + step % 7 for step in steps])])) < 60_000
+    assert len(step_chart([Curve("train", steps, [1 + step % 7 for step in steps])])) < 60_000
 
 
 def test_json_of_a_run():

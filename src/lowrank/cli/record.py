@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -145,6 +145,7 @@ def run_report(
         command=" ".join(["lowrank", *sys.argv[1:]]),
         metrics=list(_metrics(result, lora)),
         losses=curves(training.history),
+        rewards=curves(training.history, names=REWARD_CURVES),
         losses_in="nats per token" if TASKS[settings.train.task].says else "",
         samples=_samples(result, settings.eval.samples),
         modules=[*module_rows(result.targets), *result.heads],
@@ -171,10 +172,24 @@ def _kept(best: Best | None) -> str:
     return f" Saved is step {best.step}, the best by {kind.title} ({best.value:{kind.format}})."
 
 
-def curves(history: list[dict[str, float]], prefix: str = "") -> list[Curve]:
-    """The loss curves in a log."""
+# what is logged, and its name beside the others
+LOSS_CURVES = {"loss": "train", "eval_loss": "eval"}
+REWARD_CURVES = {
+    "rewards/chosen": "chosen",
+    "rewards/rejected": "rejected",
+    **dict.fromkeys(("rewards/margins", "margin"), "margin"),
+    **dict.fromkeys(("eval_rewards/margins", "eval_margin"), "margin, eval"),
+    "reward": "mean",
+    "eval_reward": "mean, eval",
+}
+
+
+def curves(
+    history: list[dict[str, float]], prefix: str = "", names: Mapping[str, str] = LOSS_CURVES
+) -> list[Curve]:
+    """The curves in a log that `names` knows."""
     found = []
-    for name, key in (("train", "loss"), ("eval", "eval_loss")):
+    for key, name in names.items():
         lines = [line for line in history if key in line]
         if lines:
             steps = [int(line["step"]) for line in lines]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowrank.card import is_on_hub, put_card
-from lowrank.report.chart import loss_image, loss_label
+from lowrank.report.chart import loss_label, step_image
 from lowrank.report.data import Metric, RunReport
 from lowrank.report.text import written
 
@@ -77,7 +77,7 @@ def write_run_card(folder: Path, report: RunReport, about: About) -> bool:
 
     Nothing of it names a folder, shows a row, or holds a token. Returns whether the card was written.
     """
-    plotted = loss_image(folder / PLOT, report.losses, loss_label(report))
+    plotted = step_image(folder / PLOT, report.losses, loss_label(report))
     return put_card(folder, run_card(report, about, plotted), replace=True)
 
 

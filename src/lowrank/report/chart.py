@@ -1,4 +1,4 @@
-"""Loss curves as one inline SVG that takes the page's colours, light and dark."""
+"""Curves over a run's steps as one inline SVG that takes the page's colours, light and dark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLOURS = ("#3b78d8", "#d9782b", "#3f9b62", "#a45bc4", "#c0504d")
 MOST_POINTS = 800  # of one curve; more cannot be seen
 
 
-def loss_chart(curves: Sequence[Curve], y_label: str = "loss, nats per token") -> str:
+def step_chart(curves: Sequence[Curve], y_label: str = "loss, nats per token") -> str:
     """An `<svg>` element without fixed size, script, or anything outside it; "" without points.
 
     Points that are not finite are left out and the line is broken there.
@@ -29,14 +29,14 @@ def loss_chart(curves: Sequence[Curve], y_label: str = "loss, nats per token") -
     file = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     _draw(curves, y_label, file, format="svg", transparent=True, metadata=nothing)
-    return _inline(file.getvalue(), curves)
+    return _inline(file.getvalue(), curves, y_label)
 
 
 def loss_label(data: RunReport) -> str:
     return f"loss, {data.losses_in}" if data.losses_in else "loss"
 
 
-def loss_image(path: Path, curves: Sequence[Curve], y_label: str = "loss, nats per token") -> bool:
+def step_image(path: Path, curves: Sequence[Curve], y_label: str = "loss, nats per token") -> bool:
     """Draws the curves into a PNG file, on white; nothing without points. Returns whether there is a file."""
     curves = _drawable(curves)
     if curves:
@@ -97,12 +97,14 @@ def _thinned(curve: Curve) -> tuple[list[int], list[float]]:
     return curve.steps[::every], values[::every]
 
 
-def _inline(svg: str, curves: Sequence[Curve]) -> str:
+def _inline(svg: str, curves: Sequence[Curve], y_label: str) -> str:
     """The element alone, scaling with the page, in its text colour, with words for screen readers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, body = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
-    label = f"Loss by optimiser steps: {', '.join(html.escape(curve.name) for curve in curves)}"
+    words = (
+        f"{y_label.capitalize()} by optimiser steps: {', '.join(curve.name for curve in curves)}"
+    )
     body = body.replace(INK, "currentColor").replace("xlink:href", "href")
-    return f'<svg {box.group() if box else ""} role="img" aria-label="{label}">{body}'
+    return f'<svg {box.group() if box else ""} role="img" aria-label="{html.escape(words)}">{body}'

@@ -90,6 +90,7 @@ class RunReport:
     metrics: list[Metric] = field(default_factory=list)
     losses: list[Curve] = field(default_factory=list)
     losses_in: str = "nats per token"  # "": of the task's own sort
+    rewards: list[Curve] = field(default_factory=list)  # of preferences and sampled answers
     samples: list[Sample] = field(default_factory=list)
     modules: list[ModuleRow] = field(default_factory=list)
     trainable_params: int | None = None  # adapter, modules_to_save and biases together

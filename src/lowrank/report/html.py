@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowrank.report.chart import loss_chart, loss_label
+from lowrank.report.chart import loss_label, step_chart
 from lowrank.report.data import RunReport, to_json
 from lowrank.report.words import amount, number, percent
 
@@ -49,7 +49,8 @@ def page(data: RunReport) -> str:
     }
     return environment.get_template(TEMPLATE).render(
         data=data,
-        chart=loss_chart(data.losses, loss_label(data)),
+        loss_chart=step_chart(data.losses, loss_label(data)),
+        reward_chart=step_chart(data.rewards, "reward"),
         full=any(metric.full is not None for metric in data.metrics),
         full_samples=any(sample.full is not None for sample in data.samples),
         outputs=_outputs(data),
