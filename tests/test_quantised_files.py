@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from lowrank.errors import TensorFileError
 from lowrank.kernels.quantisation import rounded
+from lowrank.lora import Lora
 from lowrank.quantisation import Quantisation
 from lowrank.quantised_files import packed_entries, rounded_entry
 from lowrank.tensor_files import entries
@@ -50,6 +51,19 @@ def test_rounded_when_read(held, form):
     turned = rounded_entry(stored["turned"], FORMS[form], transposed=True)
     assert turned.shape == (IN, OUT)
     assert torch.equal(by_rows(turned, 9, OUT), truth.T)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rounded_when_read_without_what_was_taken_out(held, form):
+    W, stored = held
+    generator = torch.Generator().manual_seed(1)
+    A, B = (torch.randn(*shape, generator=generator) for shape in ((3, IN), (OUT, 3)))
+    truth = rounded((W.double() - 0.2 * B.double() @ A.double()).float(), FORMS[form])
+    entry = rounded_entry(stored["w"], FORMS[form], less=Lora(A, B, 0.2))
+    for rows in (1, 5, 100):
+        assert torch.equal(by_rows(entry, rows, IN), truth)
+    turned = rounded_entry(stored["turned"], FORMS[form], transposed=True, less=Lora(A, B, 0.2))
+    assert torch.equal(turned.read(), truth.T)
 
 
 def packed_by_bitsandbytes(W, form):

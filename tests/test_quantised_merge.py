@@ -69,7 +69,7 @@ def folders(base, tmp_path):
 
 
 def delta(adapter, name):
-    tensors = tensors_of(adapter)
+    tensors = read_adapter(adapter).tensors
     key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
     if f"{key}A.weight" not in tensors:
         return 0.0
@@ -283,8 +283,10 @@ def test_layers_that_the_base_does_not_have(folders):
         merge_to_folder(base, adapter, out, onto="dequantised")
 
 
-@pytest.mark.parametrize(("bits", "form"), [(4, "nf4"), (8, "int8")])
-def test_loftq_from_the_files(base, tmp_path, bits, form):
+@pytest.mark.parametrize(
+    ("bits", "form", "turns"), [(4, "nf4", 1), (8, "int8", 1), (4, "nf4", 3), (8, "int8", 2)]
+)
+def test_loftq_from_the_files(base, tmp_path, bits, form, turns):
     """Its adapter makes up for the quantisation: at the start Q + ΔW is nearer to W than Q is."""
     model = load_model(base, "CAUSAL_LM", dtype=torch.float32).model
     config = LoraConfig(
@@ -293,9 +295,13 @@ def test_loftq_from_the_files(base, tmp_path, bits, form):
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
         init_lora_weights="loftq",
-        loftq_config={"loftq_bits": bits, "loftq_iter": 1},
+        loftq_config={"loftq_bits": bits, "loftq_iter": turns},
     )
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    start = read_adapter(tmp_path / "adapter").start
+    assert bool(start) == (turns > 1)
+    in_memory = model.merge_and_unload().state_dict()
     result = merge_to_folder(base, tmp_path / "adapter", tmp_path / "out", dtype="float32")
     assert (result.onto, result.built) == ("dequantised", None)
     assert "LoftQ" in result.why
@@ -303,7 +309,12 @@ def test_loftq_from_the_files(base, tmp_path, bits, form):
     changed = [name for name in W if not torch.equal(W[name].float(), M[name])]
     assert len(changed) == 4
     for name in changed:
-        Q = rounded(W[name].float(), FORMS[form]).double()
+        less = 0.0
+        if turns > 1:  # the adapter of the turn before, which is the best for what that turn lost
+            key = f"base_model.model.{name.removesuffix('weight')}lora_"
+            less = 5 / 3 * start[f"{key}B.weight"].double() @ start[f"{key}A.weight"].double()
+        Q = rounded((W[name].double() - less).float(), FORMS[form]).double()
+        torch.testing.assert_close(M[name], in_memory[name], atol=1e-7, rtol=1e-6)
         exact = Q + delta(tmp_path / "adapter", name)
         torch.testing.assert_close(M[name].double(), exact, atol=1e-7, rtol=1e-6)
         assert (exact - W[name].double()).norm() < 0.95 * (Q - W[name].double()).norm()
@@ -314,7 +325,7 @@ def test_loftq_from_the_files(base, tmp_path, bits, form):
         merge_to_folder(base, tmp_path / "adapter", tmp_path / "o", onto="original")
 
 
-def test_loftq_in_several_turns_is_not_made_again(base, tmp_path):
+def test_loftq_in_several_turns_needs_what_it_took_out(base, tmp_path):
     model = load_model(base, "CAUSAL_LM", dtype=torch.float32).model
     config = LoraConfig(
         r=3,
@@ -324,6 +335,7 @@ def test_loftq_in_several_turns_is_not_made_again(base, tmp_path):
         loftq_config={"loftq_bits": 4, "loftq_iter": 2},
     )
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "lora_start.safetensors").unlink()  # as older folders are
     with pytest.raises(LowrankError, match="started with LoftQ stands on a quantised base"):
         merge_to_folder(base, tmp_path / "adapter", tmp_path / "out")
 

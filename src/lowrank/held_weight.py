@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.bases.stores import Store
+from lowrank.lora import Lora
 
 
 class HeldWeight:
@@ -22,6 +23,7 @@ class HeldWeight:
         # the weight that is not in its place now, of W and LoftQ's
         self._set_aside: tuple[Any, ...] = ()
         self._exchanged = False  # W is in its place, LoftQ's set aside
+        self.less: Lora | None = None  # what LoftQ took out of W before it rounded that
 
     @property
     def store(self) -> Store:
@@ -105,10 +107,11 @@ class HeldWeight:
         store = self.store
         return store.read() if self._exchanged else store.read_snapshot(self._set_aside[0])
 
-    def put(self, W: Tensor) -> None:
+    def put(self, Q: Tensor, less: Lora | None) -> None:
         """Puts LoftQ's weight in W's place."""
+        self.less = less
         self._set_aside = (self.store.snapshot(),)
-        self.store.write(W)
+        self.store.write(Q)
 
     def exchange(self) -> None:
         """Puts the weight that was set aside, if any, in the place of the other."""
@@ -123,13 +126,13 @@ class HeldWeight:
         if self._set_aside and not self._exchanged:
             store = self.store
             store.restore(self._set_aside[0])
-        self._set_aside = ()
+        self._set_aside, self.less = (), None
 
     # --- both -------------------------------------------------------------------------------------
 
     def forget(self) -> None:
         """Makes what is in place final: all else is let go."""
-        self._unmerged, self._set_aside = None, ()
+        self._unmerged, self._set_aside, self.less = None, (), None
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Takes what is set aside along in `.to()` and the like, which give `fn`."""

@@ -106,7 +106,7 @@ class LayerAdapters(nn.Module):
         if not callable(init) and init in WAITS_FOR:
             self.waiting[name] = WAITS_FOR[init]
         if start.base is not None and weight.device.type != "meta":
-            self.held.put(start.base)
+            self.held.put(start.base, start.less)
         if start.taken_out:
             self._set_start(name, start)
         if use_dora:
@@ -288,6 +288,13 @@ class LayerAdapters(nn.Module):
             return {}
         starts = (self.lora_start_A.get_buffer(name), self.lora_start_B.get_buffer(name))
         return dict(zip(self.adapter_parameters(name), starts, strict=False))
+
+    def loftq_factors(self, name: str) -> dict[str, Tensor]:
+        """A and B of what LoftQ took out of W before it rounded that, for this adapter; named as `start_factors` does."""
+        less = self.held.less
+        if less is None or name != self.quantised_by:
+            return {}
+        return dict(zip(self.adapter_parameters(name), (less.A, less.B), strict=False))
 
     def restart(self, name: str, init: bool | str | Init) -> None:
         """Puts the adapter's start, not the adapter, to what `init` gives for this layer's W."""

@@ -64,6 +64,17 @@ def unrounded_merged_weight(W: Tensor, *loras: Lora) -> Tensor:
     return sum((weight_change(W, lora) for lora in loras), W.to(dtype))
 
 
+def without(W: Tensor, lora: Lora) -> Tensor:
+    """W (out, in) − ΔW, in W's dtype but at least float32, and the same on every machine but for one entry in 10⁸ or so.
+
+    Summed in float64 and rounded once, so that what is quantised from it can be quantised again elsewhere.
+    """
+    delta = delta_weight(
+        lora._replace(A=lora.A.to(W.device).double(), B=lora.B.to(W.device).double())
+    )
+    return (W.double() - delta).to(_accumulation_dtype(W))
+
+
 def merged_bias(bias: Tensor, *loras: Lora) -> Tensor | None:
     """`bias` (out,) with the adapters' own, summed in float32, in bias's dtype; None if they have none."""
     changes = [lora.bias * lora.scaling for lora in loras if lora.bias is not None]

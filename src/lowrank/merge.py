@@ -16,7 +16,7 @@ from lowrank.adapter_file import Adapter
 from lowrank.errors import MergeError
 from lowrank.expected import Change, changes, loss, transposed_weights
 from lowrank.log import logger
-from lowrank.lora import all_finite
+from lowrank.lora import Lora, all_finite
 from lowrank.merge_files import Rounding, one_thread_each, write_files
 from lowrank.merge_plan import MergePlan, NeedsModel, merge_plan
 from lowrank.model_folder import (
@@ -41,6 +41,7 @@ from lowrank.quantised_base import (
     METADATA_KEY,
     in_words,
     is_loftq,
+    loftq_less,
     on_quantised,
     remade,
     round_weights,
@@ -177,6 +178,9 @@ class _Job(NamedTuple):
     loftq: bool = (
         False  # `file` is an ordinary LoRA on the quantised weights; in its folder it is LoftQ's
     )
+    less: Mapping[
+        str, Lora
+    ] = {}  # by path, what LoftQ took out of the weights before it rounded them
     trained_on: Mapping[str, Quantisation] = {}  # by path, of a base that is not stored so
 
     @property
@@ -229,7 +233,9 @@ def _with_onto(
                 "weights it would count twice. Leave onto out."
             )
         why = "LoftQ's adapter makes up for the quantisation"
-        return job._replace(file=on_quantised(job.file), onto=DEQUANTISED, why=why, loftq=True)
+        less = loftq_less(job.file)
+        job = job._replace(file=on_quantised(job.file), loftq=True, less=less)
+        return job._replace(onto=DEQUANTISED, why=why)
     if not remade(layers):
         cannot = f"the weights quantised to {in_words(layers)} cannot be made from the original ones here"
         if onto == DEQUANTISED:
@@ -279,7 +285,7 @@ def _planned(job: _Job) -> _Planned:
     if stored is None:
         raise NeedsModel("the base has no safetensors files")
     tensors = dequantised(stored, model)
-    plan = merge_plan(model, tensors, job.file, job.adapter, job.dtype, job.rounding)
+    plan = merge_plan(model, tensors, job.file, job.adapter, job.dtype, job.rounding, job.less)
     return _Planned(model, plan, stored.metadata)
 
 

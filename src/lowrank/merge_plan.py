@@ -76,13 +76,14 @@ def merge_plan(
     where: str,
     dtype: torch.dtype | None,
     rounding: Mapping[str, Quantisation] | None = None,
+    less: Mapping[str, Lora] | None = None,
 ) -> MergePlan:
     """Where each tensor of base + adapter comes from and goes to. Reads nothing large.
 
     model: the base on the meta device, as large as the adapter wants it; its config says afterwards whether
     the embeddings are tied. stored: the base's tensors by their names in the files. where: the adapter's, for
     errors. dtype: what tensors in the base's own dtype become; None keeps them. rounding: by path, the layers of a
-    base in 16 or 32 bits whose weights are to be those of its quantised form.
+    base in 16 or 32 bits whose weights are to be those of its quantised form; less: what is taken out of them before.
     Raises NeedsModel; AdapterMismatchError, BaseMismatchError, MergeError as merging in the model would.
     """
     _check_config(adapter.config)
@@ -99,7 +100,7 @@ def merge_plan(
     if unclear:
         raise NeedsModel(f"{unclear[0]} is stored in another form than the model holds it in")
     _check_base(adapter, layers, on_disk, stored, saved, where)
-    stored = {**stored, **_rounded(model, on_disk, stored, rounding or {})}
+    stored = {**stored, **_rounded(model, on_disk, stored, rounding or {}, less or {})}
 
     modules = tuple(f".{name}." for name in adapter.config.modules_to_save or ())
     own = {name for name in saved if any(module in f".{name}" for module in modules)}
@@ -288,6 +289,7 @@ def _rounded(
     on_disk: Mapping[str, str],
     stored: Mapping[str, AnyEntry],
     rounding: Mapping[str, Quantisation],
+    less: Mapping[str, Lora],
 ) -> dict[str, AnyEntry]:
     """By the name in the files, the weights of the layers in `rounding`."""
     modules = dict(model.named_modules())
@@ -304,7 +306,7 @@ def _rounded(
         if key is None or not isinstance(entry, Entry):
             raise NeedsModel(f"{path}.weight is not in the base's files as the model holds it")
         transposed = type(modules[path]).__name__ == "Conv1D"
-        found[key] = rounded_entry(entry, quantisation, transposed)
+        found[key] = rounded_entry(entry, quantisation, transposed, less.get(path))
     return found
 
 

@@ -380,7 +380,7 @@ class PeftModel(nn.Module):
             adapter_name,
             autocast_adapter_dtype,
             low_cpu_mem_usage=strict,
-            inits=inits_from(adapter.start),
+            inits=inits_from(adapter),
         )
         options = {"is_trainable": is_trainable, "strict": strict, "check_base": check_base}
         try:
@@ -419,7 +419,7 @@ class PeftModel(nn.Module):
         known = {module for _, module in wrappers(self)}
         if new:
             config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
-            inits = inits_from(adapter.start)
+            inits = inits_from(adapter)
             self.add_adapter(adapter_name, config, strict, autocast_adapter_dtype, inits=inits)
         else:
             here = self.peft_config[adapter_name]

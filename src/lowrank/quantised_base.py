@@ -13,7 +13,9 @@ from lowrank.bases.kinds import quantisation_of
 from lowrank.init.weight import LOFTQ
 from lowrank.init_config import LoftQConfig
 from lowrank.kernels.quantisation import rounded
+from lowrank.lora import Lora, without
 from lowrank.quantisation import IN_BLOCKS, Quantisation
+from lowrank.start_factors import start_pairs
 from lowrank.wrappers import LoraLayer
 
 METADATA_KEY = "quantisation"  # in our metadata of an adapter's file, beside the base's fingerprint
@@ -49,8 +51,7 @@ def from_json(rows: Iterable[Mapping[str, Any]] | None) -> dict[str, Quantisatio
 def trained_on(adapter: Adapter) -> dict[str, Quantisation]:
     """The layers of the base that were quantised under this adapter; empty if none was, or it is not known.
 
-    LoftQ quantises the layers that it adapts. Their weights are known from the base again where that is done in one
-    turn: in several, each takes the adapter of the one before into account.
+    LoftQ quantises the layers that it adapts, in several turns after it took `loftq_less` out of them.
     """
     layers = from_json(adapter.metadata.get(METADATA_KEY))
     plain = on_quantised(adapter)
@@ -74,11 +75,26 @@ def is_loftq(adapter: Adapter) -> bool:
 
 
 def on_quantised(adapter: Adapter) -> Adapter:
-    """LoftQ's adapter as what it is on those quantised weights, an ordinary LoRA; any other, or one of several turns, as it is."""
-    if not is_loftq(adapter) or LoftQConfig(**adapter.config.loftq_config).loftq_iter > 1:
+    """LoftQ's adapter as what it is on those quantised weights, an ordinary LoRA; any other as it is.
+
+    So is one of several turns whose folder lacks what was taken out of W before the last: its Q is not known.
+    """
+    if not is_loftq(adapter):
         return adapter
     config = dataclasses.replace(adapter.config, init_lora_weights=True, loftq_config={})
-    return adapter._replace(config=config)
+    plain = adapter._replace(config=config, start={})
+    if LoftQConfig(**adapter.config.loftq_config).loftq_iter > 1:
+        known = start_pairs(adapter.start).keys()
+        return plain if read_layers(plain).layers.keys() <= known else adapter
+    return plain
+
+
+def loftq_less(adapter: Adapter) -> dict[str, Lora]:
+    """By the path of each layer, what LoftQ in several turns took out of W before it rounded that; empty for all else."""
+    plain = on_quantised(adapter)
+    pairs = start_pairs(adapter.start) if plain is not adapter else {}
+    layers = read_layers(plain).layers if pairs else {}
+    return {path: Lora(A, B, layers[path].scaling) for path, (A, B) in pairs.items()}
 
 
 def in_words(layers: Mapping[str, Quantisation]) -> str:
@@ -103,9 +119,12 @@ def round_weights(model: nn.Module, layers: Mapping[str, Quantisation]) -> None:
 
 
 @torch.no_grad()
-def rounded_weight(module: nn.Module, quantisation: Quantisation) -> Tensor:
-    """What `quantisation` makes of the weight of a linear layer, as it is held there; float32."""
-    W = module.get_parameter("weight")
-    if type(module).__name__ == "Conv1D":
-        return rounded(W.T, quantisation).T.contiguous()
-    return rounded(W, quantisation)
+def rounded_weight(
+    module: nn.Module, quantisation: Quantisation, less: Lora | None = None
+) -> Tensor:
+    """What `quantisation` makes of the weight of a linear layer, as it is held there, without `less`; float32."""
+    held = module.get_parameter("weight")
+    transposed = type(module).__name__ == "Conv1D"
+    W = held.T if transposed else held
+    Q = rounded(W if less is None else without(W, less), quantisation)
+    return Q.T.contiguous() if transposed else Q

@@ -26,6 +26,7 @@ from lowrank.kernels.quantisation import (
     quantise_scales,
     scales,
 )
+from lowrank.lora import Lora, without
 from lowrank.quantisation import Quantisation
 from lowrank.tensor_files import DTYPES, NAMES, Entry, opened, read_block
 
@@ -88,19 +89,34 @@ AnyEntry = Entry | DequantisedEntry
 
 
 def rounded_entry(
-    entry: Entry, quantisation: Quantisation, transposed: bool = False
+    entry: Entry,
+    quantisation: Quantisation,
+    transposed: bool = False,
+    less: Lora | None = None,
 ) -> DequantisedEntry:
-    """A weight of a base in 16 or 32 bits as `quantisation` rounds it. transposed: the file has (in, out)."""
+    """A weight of a base in 16 or 32 bits as `quantisation` rounds it. transposed: the file has (in, out).
+
+    less: what is taken out of W (out, in) before that.
+    """
     shape = entry.shape[::-1] if transposed else entry.shape
     by_row = quantisation.format == "int8"
     size = shape[-1] if by_row else block_size_of(quantisation)
     total = math.prod(shape)
 
-    def read(begin: int, end: int) -> Tensor:
+    def stored(begin: int, end: int) -> Tensor:
         if transposed:
             return entry.read().T.reshape(-1)[begin:end]
         with opened(entry.file) as file:
             return read_block(file, entry, begin, end)
+
+    def read(begin: int, end: int) -> Tensor:
+        if less is None:
+            return stored(begin, end)
+        width = shape[-1]
+        first, last = begin // width, -(-end // width)  # rows
+        rows = stored(first * width, last * width).view(-1, width)
+        taken = without(rows, less._replace(B=less.B[first:last]))
+        return taken.view(-1)[begin - first * width : end - first * width]
 
     def pack(begin: int, end: int) -> Packed:
         return quantise(

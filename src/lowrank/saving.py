@@ -51,7 +51,8 @@ def adapter_of(
         metadata[METADATA_KEY] = to_json(quantised)
     if model.run_settings:
         metadata["run"] = model.run_settings
-    return Adapter(config, tensors, metadata, start_factors(model, name))
+    start = start_factors(model, name, loftq=config.init_lora_weights == "loftq")
+    return Adapter(config, tensors, metadata, start)
 
 
 def _auto_mapping(base: nn.Module, config: LoraConfig) -> dict[str, str] | None:

@@ -1,7 +1,8 @@
 """The factors that an adapter started from, where its initialisation takes them out of W (PiSSA, OLoRA, …).
 
 ΔW = scaling·(B·A − B₀·A₀), and W itself is untouched. An adapter's file holds A and B, as PEFT's does; A₀ and
-B₀ lie beside it in `lora_start.safetensors`, under the same keys. Or the four become an ordinary LoRA of rank
+B₀ lie beside it in `lora_start.safetensors`, under the same keys; for LoftQ in several turns those of what was taken out
+of W before it was rounded for the last time. Or the four become an ordinary LoRA of rank
 2r, which needs to know nothing of all this.
 """
 
@@ -9,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,28 +19,50 @@ from torch import Tensor, nn
 from lowrank.adapter_file import START_NAME, Adapter
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterFileError
-from lowrank.init import Init, Start, computed_again, taken_out
+from lowrank.init import Init, Start, computed_again, loftq_again, taken_out
+from lowrank.init_config import LoftQConfig
 from lowrank.state import file_key, tied_copies
 from lowrank.wrappers import lora_layers
 
 _FACTOR_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 
 
-def start_factors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """A₀ and B₀ of every layer, under the keys that A and B have in the adapter's file; empty if there are none."""
+def start_factors(model: nn.Module, adapter_name: str, loftq: bool = False) -> dict[str, Tensor]:
+    """A₀ and B₀ of every layer, under the keys that A and B have in the adapter's file; empty if there are none.
+
+    loftq: those of LoftQ.
+    """
     found = {
         f"{path}.{file_key(name, adapter_name)}": tensor
         for path, layer in lora_layers(model)
         if adapter_name in layer.r
-        for name, tensor in layer.start_factors(adapter_name).items()
+        for name, tensor in (layer.loftq_factors if loftq else layer.start_factors)(
+            adapter_name
+        ).items()
     }
     return found | tied_copies(model, found, adapter_name)
 
 
-def inits_from(start: Mapping[str, Tensor]) -> dict[str, Init]:
-    """By the path of each layer, an initialisation that gives A₀ and B₀ of a file."""
+def inits_from(adapter: Adapter) -> dict[str, Init]:
+    """By the path of each layer, an initialisation that gives A₀ and B₀ of the adapter's files, or LoftQ's base."""
+    config = adapter.config
+    if config.init_lora_weights == "loftq":
+        bits = LoftQConfig(**config.loftq_config).loftq_bits
+        return {
+            path: partial(loftq_again, A=A, B=B, bits=bits)
+            for path, (A, B) in start_pairs(adapter.start).items()
+        }
+    return _inits(adapter.start)
+
+
+def _inits(start: Mapping[str, Tensor]) -> dict[str, Init]:
+    return {path: _given(A, B) for path, (A, B) in start_pairs(start).items()}
+
+
+def start_pairs(start: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """By the path of each layer, A₀ and B₀ of a file."""
     return {
-        path: _given(factors["A"], factors["B"])
+        path: (factors["A"], factors["B"])
         for path, factors in _by_path(start).items()
         if factors.keys() == {"A", "B"}
     }
@@ -89,7 +113,7 @@ def replace_start(
 
     before: the adapter's own `init_lora_weights` so far, whose start stays if it is the same.
     """
-    given = inits_from(start)
+    given = {} if init == "loftq" else _inits(start)
     for path, layer in lora_layers(model):
         if adapter_name not in layer.r or layer.leader(adapter_name) is not None:
             continue

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.init.start import Init, Start
-from lowrank.init.weight import loftq, olora, pissa
+from lowrank.init.weight import loftq, loftq_again, olora, pissa
 
 __all__ = [
     "EMBEDDING_INITS",
@@ -25,6 +25,7 @@ __all__ = [
     "computed_again",
     "init_named",
     "loftq",
+    "loftq_again",
     "of_experts",
     "taken_out",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowrank.init.start import Start
 from lowrank.kernels.quantisation import rounded
+from lowrank.lora import Lora, without
 from lowrank.quantisation import Quantisation
 
 LOFTQ = {  # bits -> what LoftQ rounds to
@@ -64,17 +65,39 @@ def loftq(
 
     In turns Q = q(W − s·B·A), from B·A = 0, and s·B·A = the best approximation of W − Q with rank r (Li et al.
     2023, Algorithm 1, there with s = 1). Q is rounded to W's dtype, and the adapter makes up for that too.
-    bits: what q rounds to, of LOFTQ.
+    bits: what q rounds to, of LOFTQ. The start's `less` is the s·B·A of the turn before the last: with it Q follows from W
+    without any SVD.
     """
     stored = read().detach()
     W = _wide(stored)
-    correction = torch.zeros_like(W)
+    less, found = None, None
     for _ in range(iterations):
-        Q = rounded(W - correction, LOFTQ[bits]).to(stored.dtype)
+        less = found
+        Q = _loftq_base(stored, less, bits)
         U, S, Vh = svd(W - Q.to(W.dtype), r)
-        correction = (U * S) @ Vh
-    root = (S / scaling).sqrt()
-    return Start((root[:, None] * Vh).contiguous(), (U * root).contiguous(), base=Q)
+        root = (S / scaling).sqrt()
+        found = Lora((root[:, None] * Vh).contiguous(), (U * root).contiguous(), scaling)
+    assert found is not None
+    return Start(found.A, found.B, base=Q, less=less)
+
+
+def loftq_again(
+    read: Callable[[], Tensor],
+    shape: tuple[int, int],
+    r: int,
+    scaling: float,
+    A: Tensor,
+    B: Tensor,
+    bits: int,
+) -> Start:
+    """The quantised base that `loftq` made, from what it took out of W before it rounded: s·B·A."""
+    less = Lora(A, B, scaling)
+    return Start(A, B, base=_loftq_base(read().detach(), less, bits), less=less)
+
+
+def _loftq_base(stored: Tensor, less: Lora | None, bits: int) -> Tensor:
+    W = _wide(stored) if less is None else without(stored, less)
+    return rounded(W, LOFTQ[bits]).to(stored.dtype)
 
 
 def svd(M: Tensor, r: int) -> SVD:

@@ -48,6 +48,7 @@ from lowrank.quantised_base import (
     from_json,
     in_words,
     is_loftq,
+    loftq_less,
     on_quantised,
     remade,
     round_weights,
@@ -119,15 +120,17 @@ def verify(
         round_weights(model, layers)
     weights = model.state_dict()
     if is_loftq(file):
+        less = loftq_less(file)
         modules = {f"{path}.weight": model.get_submodule(path) for path in layers}
         weights |= {
-            name: rounded_weight(m, layers[name.removesuffix(".weight")])
+            name: rounded_weight(m, layers[path], less.get(path))
             for name, m in modules.items()
+            for path in [name.removesuffix(".weight")]
         }
     tally = Tally(weights, loaded.model.state_dict(), ROUNDING_KEY in notes)
     busiest: list[int] = []
-    config = on_quantised(file).config
-    exact = changes(weights, file.tensors, config, transposed_weights(model), file.start)
+    plain = on_quantised(file)
+    exact = changes(weights, file.tensors, plain.config, transposed_weights(model), plain.start)
     tally.check(_note_busiest(exact, names[0] if names else None, busiest))
     tied_merged, dtype = is_tied(loaded.model), _dtype(tally.checks)
     missing = sorted({*tally.missing, *loaded.missing, *loaded.misshapen})
