@@ -123,6 +123,8 @@ def _a_factor(model) -> str:
 
 
 @pytest.mark.slow
+# torch's own mkldnn module still has it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("fields", METHODS.values(), ids=METHODS)
 def test_inductor(fields):
     model = adapted(torch.float32, **{**fields, "lora_dropout": 0.0}).train()
