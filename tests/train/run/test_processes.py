@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import programs
 import pytest
@@ -60,10 +61,10 @@ def alone(folder):
     return folder / "one"
 
 
-def together(folder, name, *words, before=""):
+def together(folder, name, *words, before="", timeout=60):
     code = before + programs.TOGETHER
     given = [*WORDS, "--batch-size", "2", "--output", name, *words]
-    return programs.run(["python", "-c", code, "2", *given], folder, 60, programs.TRAINING)
+    return programs.run(["python", "-c", code, "2", *given], folder, timeout, programs.TRAINING)
 
 
 def assert_same_result(one, two):
@@ -119,6 +120,28 @@ def test_fsdp(folder, alone):
     again = together(folder, "fsdp", "--train.fsdp", "true", "--resume", before=FSDP_ON_CPU)
     assert again.returncode == 0, again.stderr
     assert tiny.same_bits(load_file(folder / "fsdp" / "adapter_model.safetensors"), weights)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed(stage, folder, alone):
+    """A resumed run too: ZeRO-3 then has the adapter whole at first, and in parts from the first saving on."""
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    wanted = {"zero_optimization": {"stage": stage}, **dict.fromkeys(auto, "auto")}
+    (folder / f"zero{stage}.json").write_text(json.dumps(wanted))
+    before = 'import os\nos.environ["DS_ACCELERATOR"] = "cpu"\n'
+    words = ["--train.deepspeed", f"zero{stage}.json"]
+    name = f"zero{stage}"
+    done = together(folder, name, *words, before=before, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert_same_result(alone, folder / name)
+    weights = load_file(folder / name / "adapter_model.safetensors")
+    shutil.rmtree(newest_checkpoint(folder / name))
+    again = together(folder, name, *words, "--resume", before=before)
+    assert again.returncode == 0, again.stderr
+    assert tiny.same_bits(load_file(folder / name / "adapter_model.safetensors"), weights)
+    assert_same_result(alone, folder / name)
 
 
 def test_what_all_find_is_said_once(folder):

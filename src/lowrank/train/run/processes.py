@@ -76,6 +76,21 @@ def sharing(settings: TrainSettings) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 
 
+def announce(model: Any) -> None:
+    """Tells DeepSpeed's ZeRO-3 which parameters each of our layers reads of the modules beneath it.
+
+    It finds out by itself only about those that are not at hand in the first forward. After a resume the small
+    ones all are, and would not be fetched when, later, they are not.
+    """
+    import deepspeed
+
+    from lowrank.wrappers import wrappers
+
+    for _, layer in wrappers(model):
+        for parameter in layer.parameters():
+            deepspeed.zero.register_external_parameter(layer, parameter)
+
+
 def wait() -> None:
     """Returns when all processes are here."""
     import torch

@@ -142,6 +142,8 @@ def fit(
             watch.places = partial(places_of, trainer, places)
         if settings.loraplus_lr_ratio is not None:
             trainer.optimizer = _loraplus(model, trainer, settings)
+        if settings.deepspeed:
+            processes.announce(model)
         if processes.first():
             clean(output_dir)
         processes.wait()
