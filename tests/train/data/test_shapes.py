@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from text import write_rows
 
-from lowrank.train.data.records import FORMATS
+from lowrank.train.data.file_formats import FORMATS
 from lowrank.train.data.rows import DataError, Row, read_data, read_rows
 from lowrank.train.data.shapes import SHAPES, Judged, Preference
 

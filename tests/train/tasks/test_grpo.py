@@ -13,7 +13,7 @@ from test_on_trl import Given
 from lowrank import LoraConfig, compat, get_peft_model
 from lowrank.errors import LowrankWarning
 from lowrank.train.data.encode import encode, prompt_ids
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.shapes import Row
 from lowrank.train.evaluate import answer_rows
 from lowrank.train.settings import TrainSettings

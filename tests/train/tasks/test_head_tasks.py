@@ -17,7 +17,7 @@ from lowrank.cli.opening import model_path, open_base, open_tokenizer
 from lowrank.embedded import dataset_path
 from lowrank.model_folder import ModelFolderError
 from lowrank.train.data.encode import IGNORE
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.rows import read_data, rows_of
 from lowrank.train.data.shapes import Row
 from lowrank.train.data.task_shapes import Question, Related, Tagged

@@ -9,7 +9,7 @@ import torch
 
 from lowrank import LoraConfig, get_peft_model
 from lowrank.train.data.encode import IGNORE
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.shapes import Judged, Preference
 from lowrank.train.tasks.preference import (
     answer_logps,

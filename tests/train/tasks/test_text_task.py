@@ -5,7 +5,7 @@ import pytest
 import text
 
 from lowrank.train.data.encode import IGNORE
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.rows import Row
 from lowrank.train.settings import DataSettings
 from lowrank.train.tasks.table import TASKS

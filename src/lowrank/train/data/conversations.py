@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowrank.errors import did_you_mean
-from lowrank.train.data.records import BadRow, kind_of
+from lowrank.train.data.problems import BadRow, kind_of
 
 Message = dict[str, Any]  # {"role", "content"}, and what a template makes of further keys
 Prompt = list[Message] | str

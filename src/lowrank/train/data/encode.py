@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import LowrankWarning
-from lowrank.train.data.records import BadRow, DataError, Problems
+from lowrank.train.data.problems import BadRow, DataError, Problems
 from lowrank.train.data.render import LossOn, Rendered, rendered
 from lowrank.train.data.shapes import Row
 

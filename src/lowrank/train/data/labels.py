@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lowrank.errors import some
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 
 
 def label_options(names: Iterable[str]) -> dict[str, Any]:

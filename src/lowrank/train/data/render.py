@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from lowrank.train.data.conversations import Message, Prompt
-from lowrank.train.data.records import BadRow, DataError
+from lowrank.train.data.problems import BadRow, DataError
 from lowrank.train.data.shapes import Row
 
 LossOn = Literal["completion", "assistant", "last", "all"]

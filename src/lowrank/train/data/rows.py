@@ -8,14 +8,9 @@ from typing import Any, Literal
 
 from lowrank.errors import did_you_mean
 from lowrank.train.data.conversations import Prompt
-from lowrank.train.data.records import (
-    BadRow,
-    DataError,
-    Layout,
-    Problems,
-    Record,
-    read_records,
-)
+from lowrank.train.data.file_formats import Layout
+from lowrank.train.data.problems import BadRow, DataError, Problems
+from lowrank.train.data.records import Record, read_records
 from lowrank.train.data.shapes import (
     Judged,
     Preference,

@@ -15,7 +15,7 @@ from lowrank.train.data.conversations import (
     text_of,
     tools_of,
 )
-from lowrank.train.data.records import BadRow, DataError, kind_of
+from lowrank.train.data.problems import BadRow, DataError, kind_of
 
 
 class Row(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lowrank.train.data.conversations import checked_text, messages_of, text_of
-from lowrank.train.data.records import BadRow, kind_of
+from lowrank.train.data.problems import BadRow, kind_of
 from lowrank.train.data.shapes import SHAPES, Shape, answers_of
 
 Label = str | float | list[str]

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from lowrank.train.data.batches import collate_padded, outputs
 from lowrank.train.data.encode import Encoded
 from lowrank.train.data.labels import check_known, label_options, names_of
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Label, Labelled
 from lowrank.train.evaluate import Answer, Evaluation
 from lowrank.train.metrics import accuracy, f1_macro, f1_micro, pearson, spearman

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from lowrank.train.data.batches import Example, collate_padded
 from lowrank.train.data.encode import Encoded, pad_id
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Related
 from lowrank.train.evaluate import Answer, Evaluation, batches, device_of, evaluating
 from lowrank.train.metrics import mean, pearson, spearman

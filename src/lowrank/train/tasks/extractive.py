@@ -13,7 +13,7 @@ from lowrank.errors import some
 from lowrank.train.answers import squad_em, squad_f1
 from lowrank.train.data.batches import collate_padded, outputs
 from lowrank.train.data.encode import Encoded
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Question
 from lowrank.train.evaluate import Answer, Evaluation
 from lowrank.train.metrics import mean

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank.errors import LowrankWarning
 from lowrank.train.data.encode import prompt_ids
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.render import prompt_text
 from lowrank.train.data.shapes import Row
 from lowrank.train.evaluate import Answer, Evaluation, answer_rows, asked_text

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lowrank.train.data.encode import IGNORE, labelled, pad_id, pad_right, segments, teaches
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.rows import as_rows
 from lowrank.train.data.shapes import Judged, Preference
 from lowrank.train.evaluate import (

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from lowrank.train.data.batches import Example, collate_padded, outputs
 from lowrank.train.data.encode import IGNORE, Encoded, pad_id
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.render import prompt_text
 from lowrank.train.data.shapes import Row
 from lowrank.train.evaluate import (

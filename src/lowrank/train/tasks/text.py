@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.train.data.encode import IGNORE, Encoded, encode
-from lowrank.train.data.records import DataError
+from lowrank.train.data.problems import DataError
 from lowrank.train.data.shapes import Row
 from lowrank.train.evaluate import Evaluation, evaluate
 from lowrank.train.settings import Sections
