@@ -40,13 +40,15 @@ class _Place(NamedTuple):
 Shapes = Mapping[str, tuple[int, ...]]  # by parameter: (experts, out, in)
 
 
-def bare_parameters(adapters: Sequence[Adapter]) -> tuple[list[dict[str, Bare]], list[str]]:
+def bare_parameters(
+    adapters: Sequence[Adapter], base: Shapes | None = None
+) -> tuple[list[dict[str, Bare]], list[str]]:
     """For each adapter, by the key of its factors' module, what they adapt; and what cannot be told, a sentence each.
 
     Only modules whose parameters target_parameters names are in it. What one adapter makes known of the base's
-    shapes serves the others.
+    shapes serves the others. base: shapes that are known from elsewhere.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = dict(base or {})
     for adapter in adapters:
         weights = (adapter.metadata.get("base") or {}).get("weights") or {}
         shapes |= {

@@ -161,7 +161,7 @@ def of_gguf(file):
             b = tensors[name.replace("lora_a", "lora_b")]
             if name.startswith("token_embd"):
                 a = a.T
-            found[name.removesuffix(".lora_a")] = (alpha / b.shape[1] if alpha else 1.0) * b @ a
+            found[name.removesuffix(".lora_a")] = (alpha / b.shape[-1] if alpha else 1.0) * b @ a
     return found
 
 

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from torch import nn
 
 import lowrank
 from lowrank import LoraConfig
@@ -22,6 +23,20 @@ from lowrank.formats.base_model import ARCHITECTURES
 OPTIONS = {
     "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},  # mlx-lm's default
     "qwen3": {"head_dim": 10},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 14,
+        "shared_expert_intermediate_size": 18,
+    },
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 14,
+        "head_dim": 10,
+        "norm_topk_prob": True,
+    },
     "gemma": {"head_dim": 10},
     "gemma2": {"head_dim": 10, "query_pre_attn_scalar": 10},
     # six layers are a whole pattern of local and global attention; √36 is exact in bfloat16, which mlx-lm rounds to
@@ -41,6 +56,8 @@ def base(model_type, folder, **options):
     config.tie_word_embeddings = ARCHITECTURES[model_type].tied
     kind = transformers.AutoModelForCausalLM.from_config
     model = tiny._built(kind, config, torch.float32, 0)
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # torch's grouped_mm knows no odd sizes
     model.save_pretrained(folder)
     return model
 
@@ -61,10 +78,11 @@ def adapted(model, folder, targets, **fields):
     return model
 
 
-def endings(model_type):
-    """The last names of all linear layers."""
-    paths = ARCHITECTURES[model_type].modules
-    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths if "{}" in path))
+def endings(model):
+    """The last names of all linear layers but the head."""
+    kinds = nn.Linear, transformers.pytorch_utils.Conv1D
+    paths = [path for path, module in model.named_modules() if isinstance(module, kinds)]
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths if path != "lm_head"))
 
 
 def interpreter(variable, module):

@@ -39,8 +39,9 @@ def write_base(model, path, arch, rotary=False, transposed=False):
     for field, add in {
         "attn_logit_softcapping": writer.add_attn_logit_softcapping,
         "final_logit_softcapping": writer.add_final_logit_softcapping,
-        "num_local_experts": writer.add_expert_count,
-        "num_experts": writer.add_expert_count,
+        "num_local_experts" if hasattr(config, "num_local_experts") else "num_experts": (
+            writer.add_expert_count
+        ),
         "num_experts_per_tok": writer.add_expert_used_count,
         "moe_intermediate_size": writer.add_expert_feed_forward_length,
         "shared_expert_intermediate_size": writer.add_expert_shared_feed_forward_length,

@@ -38,13 +38,19 @@ def results(tmp_path_factory):
     for name, (model_type, options) in CASES.items():
         at, row = folder / name, ARCHITECTURES[model_type]
         fields = {"fan_in_fan_out": row.transposed, **options}
-        targets = fields.pop("target_modules", endings(model_type))
         dtype = fields.pop("dtype", None)
+        if row.experts:
+            fields["target_parameters"] = [
+                "experts.gate_up_proj",
+                "experts.down_proj",
+                "mlp.gate.weight",
+            ]
         if model_type == "gpt2":
             model = tiny.gpt2(torch.float32)
             model.save_pretrained(at / "base")
         else:
             model = base(model_type, at / "base")
+        targets = fields.pop("target_modules", endings(model))
         write_base(model, at / "base.gguf", row.gguf, row.rotary, row.transposed)
         ours[f"base {name}"] = logits(model)
         ours[name] = logits(adapted(model, at / "in", targets, **fields))

@@ -37,7 +37,7 @@ def results(tmp_path_factory):
         model = base(model_type, at / "base")
         plain[name] = logits(model)
         fields = dict(options)
-        targets = fields.pop("target_modules", endings(model_type))
+        targets = fields.pop("target_modules", endings(model))
         ours[name] = logits(adapted(model, at / "in", targets, **fields))
         convert(at / "in", at / "mlx", "mlx", base=str(at / "base"))
         jobs[name] = {"base": str(at / "base"), "adapter": str(at / "mlx"), "ids": IDS.tolist()}

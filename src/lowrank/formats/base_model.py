@@ -12,6 +12,13 @@ _LLAMA = (
     *(f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")),
     *("model.embed_tokens", "lm_head"),
 )
+_MOE = (
+    *(path for path in _LLAMA if ".mlp." not in path),
+    *("model.layers.{}.block_sparse_moe.gate", "model.layers.{}.mlp.gate"),
+    *(f"model.layers.{{}}.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
+    "model.layers.{}.mlp.shared_expert_gate",
+    *(f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 _PHI3 = (
     *("model.layers.{}.self_attn.qkv_proj", "model.layers.{}.self_attn.o_proj"),
     *("model.layers.{}.mlp.gate_up_proj", "model.layers.{}.mlp.down_proj"),
@@ -34,13 +41,17 @@ class Architecture(NamedTuple):
     rotary: bool = False  # rows of q_proj and k_proj are reordered for its rotary embedding
     tied: bool = False  # what a config.json means that does not say
     transposed: bool = False  # transformers' Conv1D: fan_in_fan_out
+    experts: bool = False  # several of each MLP, in one tensor
 
 
 ARCHITECTURES = {
     "llama": Architecture("llama", rotary=True),
     "mistral": Architecture("llama", rotary=True),
+    "mixtral": Architecture("llama", _MOE, rotary=True, experts=True),
     "qwen2": Architecture("qwen2"),
+    "qwen2_moe": Architecture("qwen2moe", _MOE, experts=True),
     "qwen3": Architecture("qwen3"),
+    "qwen3_moe": Architecture("qwen3moe", _MOE, experts=True),
     "gemma": Architecture("gemma", tied=True),
     "gemma2": Architecture("gemma2", tied=True),
     "gemma3_text": Architecture("gemma3", tied=True),

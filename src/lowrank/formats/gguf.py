@@ -2,7 +2,8 @@
 
 llama.cpp computes scale = adapter.lora.alpha / rank with one alpha for all tensors (and 1 for alpha = 0);
 other scalings are multiplied into lora_b. For llama and mistral the rows of q_proj's and k_proj's B are
-reordered as the conversion of the model reorders those of the weight. An embedding's A is (num, r).
+reordered as the conversion of the model reorders those of the weight. An embedding's A is (num, r); all experts of
+a layer are one tensor (experts.py).
 """
 
 import re
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from lowrank.adapter_file import Adapter
 from lowrank.adapter_layers import AdapterLayer, read_layers
+from lowrank.bare_parameters import Bare, bare_parameters
 from lowrank.errors import AdapterFileError, ConvertError, MissingExtraError, listed
 from lowrank.files import folder_for, replacing
+from lowrank.formats import experts
 from lowrank.formats.base_model import ARCHITECTURES, Architecture, is_tied, read_config
 from lowrank.formats.layers import Options, as_adapter, folded, most_common, shown, unknown
 
-HOLDS = frozenset({"embeddings"})
+HOLDS = frozenset({"embeddings", "experts"})
 DTYPES = {"f32": torch.float32, "f16": torch.float16}
 _EMBEDDINGS = ("model.embed_tokens", "transformer.wte")
 _NEEDS_HEADS = "how many heads there are, by which q_proj's and k_proj's rows are ordered"
@@ -37,17 +40,22 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
         raise ConvertError(f"{path} is no LoRA: general.type is {kind!r}, adapter.type {inner!r}.")
     if said.get("adapter.alora.invocation_tokens") is not None:
         raise ConvertError(f"{path} is an activated LoRA (adapter.alora.invocation_tokens).")
-    row = next((row for row in ARCHITECTURES.values() if row.gguf == name), None)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    moe = any("_exps." in key or "ffn_gate_inp." in key for key in tensors)
+    rows = [row for row in ARCHITECTURES.values() if row.gguf == name]
+    row = next((row for row in rows if row.experts == moe), next(iter(rows), None))
     if row is None:
         raise ConvertError(f"{path}: {_known(f'the architecture {name!r}')}")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     layers_there = [int(n) for n in re.findall(r"\bblk\.(\d+)\.", " ".join(tensors))]
     names = {n: p for p, n in _names(row, max(layers_there, default=0) + 1).items()}
     parts: dict[str, dict[str, Tensor]] = {}
+    stacked: dict[str, dict[str, Tensor]] = {}
     lost = []
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.weight\.lora_([ab])", key)
-        if match is None or match[1] not in names:
+        if match and experts.NAME.fullmatch(match[1]) and tensor.data.ndim == 3:
+            stacked.setdefault(match[1], {})[match[2]] = _tensor(gguf, tensor)
+        elif match is None or match[1] not in names:
             lost.append(key)
         else:
             parts.setdefault(names[match[1]], {})[match[2]] = _tensor(gguf, tensor)
@@ -62,7 +70,14 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
         embedding = module in _EMBEDDINGS
         A, B = (part["a"].T.contiguous() if embedding else part["a"]), part["b"]
         B = _pairs_apart(B, heads.get(_last(module), 0))
-        layers[module] = AdapterLayer(A, B, alpha or float(len(A)), embedding=embedding)
+        layer = AdapterLayer(A, B, alpha or float(len(A)), embedding=embedding)
+        if row.experts and module.endswith(".mlp.gate"):  # a parameter of its own, and no Linear
+            weight = f"{module}.weight"
+            bare = Bare(weight, module, module, 1, layer.r, layer.alpha, (weight,))
+            layers[weight] = layer._replace(bare=bare)
+        else:
+            layers[module] = layer
+    layers |= experts.fused(stacked, alpha)
     adapter = as_adapter(
         layers,
         f"gguf: {path.name}",
@@ -82,10 +97,14 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
     row = ARCHITECTURES.get(config.get("model_type", ""))
     if row is None:
         raise ConvertError(_known(f"model_type {config.get('model_type')!r}"))
-    layers = read_layers(adapter).layers
+    (bare,), problems = bare_parameters([adapter], experts.shapes(config))
+    layers, _, wrong = read_layers(adapter, bare)
+    if problems or wrong:
+        raise ConvertError(listed([*problems, *wrong]))
+    found, layers = experts.stacked(layers, experts.count(config)) if row.experts else ({}, layers)
+    layers = {_module(path, layer): layer for path, layer in layers.items()}
     count = max((int(n) for path in layers for n in re.findall(r"\.(\d+)\.", path)), default=0) + 1
-    names = _names(row, count)
-    problems = []
+    names = _names(row, count) | {name: name for name in found}
     foreign = [module for module in layers if module not in names]
     if foreign:
         problems.append(f"llama.cpp's {row.gguf} has no weight for {shown(foreign)}.")
@@ -100,6 +119,7 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
         problems.append(f"The base's config.json does not say {_NEEDS_HEADS}.")
     if problems:
         raise ConvertError(listed(problems))
+    layers |= found
     alpha = most_common(layer.alpha for layer in layers.values()) or 1.0  # 0 would mean scale 1
     dtype = DTYPES[options.dtype or "f32"]
     tensors = {}
@@ -152,6 +172,12 @@ def _pairs_together(B: Tensor, heads: int) -> Tensor:
 def _pairs_apart(B: Tensor, heads: int) -> Tensor:
     """B (out, r) in transformers' order again."""
     return B.reshape(heads, -1, 2, B.shape[1]).transpose(1, 2).reshape(B.shape) if heads else B
+
+
+def _module(path: str, layer: AdapterLayer) -> str:
+    """A router's weight, which transformers holds as a parameter, by its module; all others as they are."""
+    alone = layer.bare is not None and layer.experts == 1
+    return path.removesuffix(".weight") if alone else path
 
 
 def _last(module: str) -> str:

@@ -69,6 +69,8 @@ def as_adapter(layers: Mapping[str, AdapterLayer], source: str, **fields) -> Ada
     # transformers 5 has a CLIPTextModel without the `text_model` that files name
     names = {path: path.removeprefix("text_model.") for path in layers}
     start = "^" if all(names[path] == path for path in names) else ""
+    bare = [path for path, layer in layers.items() if layer.bare is not None]
+    modules = [names[path] for path in layers if path not in bare]
     ranks = {names[path]: layer.r for path, layer in layers.items()}
     alphas = {names[path]: _number(layer.alpha) for path, layer in layers.items()}
     r, alpha = most_common(ranks.values()), most_common(alphas.values())
@@ -80,7 +82,9 @@ def as_adapter(layers: Mapping[str, AdapterLayer], source: str, **fields) -> Ada
         use_dora=bool(with_m),
         lora_bias=biased,
         inference_mode=True,
-        **_selection(list(ranks)),
+        # of layers_to_transform target_parameters knows nothing
+        **({"target_modules": modules} if bare else _selection(modules)),
+        target_parameters=bare or None,
         **fields,
     )
     versions = {"lowrank": __version__, "torch": torch.__version__}
@@ -107,7 +111,7 @@ def _shape_problems(path: str, layer: AdapterLayer) -> list[str]:
 
 def _tensors(path: str, layer: AdapterLayer, biased: bool) -> dict[str, Tensor]:
     """The tensors of one layer under PEFT's keys and in PEFT's shapes."""
-    at = f"{PREFIX}{path}"
+    at = f"{PREFIX}{path if layer.bare is None else layer.bare.key}"
     if layer.embedding:
         found = {f"{at}.lora_embedding_A": layer.A, f"{at}.lora_embedding_B": layer.B}
     else:
@@ -168,7 +172,7 @@ def without(adapter: Adapter, drop: frozenset[str]) -> tuple[Adapter, dict[str, 
 def check_holds(adapter: Adapter, format: str, kinds: frozenset[str], any_config: bool) -> None:
     """Raises ConvertError, with every tensor and field concerned, unless the format can hold the adapter.
 
-    kinds: those of KINDS that it has a place for. any_config: it carries PEFT's configuration itself.
+    kinds: those of KINDS that it has a place for, and "experts" if target_parameters can be. any_config: it carries PEFT's configuration itself.
     """
     problems = []
     for kind, keys in _by_kind(adapter).items():
@@ -183,6 +187,7 @@ def check_holds(adapter: Adapter, format: str, kinds: frozenset[str], any_config
         problems += [
             f"{name}={getattr(config, name)!r} cannot be said in {format}."
             for name, plain in _MEANING.items()
+            if name != "target_parameters" or "experts" not in kinds
             if getattr(config, name) not in (plain, [], {})
         ]
     if not config.target_parameters:  # whose factors are stacked, and are no layers
