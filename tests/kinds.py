@@ -37,8 +37,8 @@ class Case:
     channel: int = -1
     # whether the input's first dimension is that of a batch
     batched: bool = True
-    # whether the layer can tell the rows of a batch apart
-    by_rows: bool = True
+    # whether the layer can tell the rows of a batch apart; None: each row has a mask, test_mixed_batch.py has that
+    by_rows: bool | None = True
     # how much more the layer itself rounds than one product does: a softmax, on the way there and back
     rounding: float = 1.0
     # methods that plan() refuses beside those of REFUSED in the test, and a word of the reason
@@ -288,7 +288,7 @@ def attention(part: str, batch_first: bool = True, causal: bool = False, padded=
     x = torch.randn(2, 5, 6) / 2  # a sharper softmax would magnify the rounding
     case = Case(layer, x if batch_first else x.transpose(0, 1).contiguous(), truth, how="weight")
     case.call, case.batched, case.rounding = call, batch_first, 2.0
-    case.by_rows = False
+    case.by_rows = None if padded else part == "in_proj"
     if part == "in_proj":
         case.weight, case.bias = "in_proj_weight", "in_proj_bias"
     else:

@@ -216,13 +216,89 @@ def test_what_cannot_be_mixed_is_refused():
     with rows(model, ["a", "b"]), pytest.raises(RowsError, match="does not divide"):
         model.base_model.model.up(torch.randn(3, 10, dtype=torch.float64))
 
-    attention = get_peft_model(
-        nn.Sequential(nn.MultiheadAttention(8, 2)), LoraConfig(target_modules=["0"]), "a"
+
+def by_hand(layer, change, query, key, mask, padding):
+    """Multi-head attention of one row in float64, (positions, width), with `change` in its projections."""
+    W, heads = layer.in_proj_weight.double() + change[0], layer.num_heads
+    parts = (query, key, key)
+    q, k, v = (
+        (x.double() @ w.T + b).view(len(x), heads, -1).transpose(0, 1)
+        for x, w, b in zip(parts, W.chunk(3), layer.in_proj_bias.double().chunk(3), strict=True)
     )
-    x = torch.randn(2, 3, 8)
-    attention.base_model.model[0].lora_B["a"].weight.data.normal_()
-    with rows(attention, ["a", "__base__"]), pytest.raises(RowsError, match="through its weight"):
-        attention.base_model.model[0](x, x, x)
-    with rows(attention, ["a", "a"]):  # one weight will do
-        found = attention.base_model.model[0](x, x, x)[0]
-    assert torch.equal(found, attention.base_model.model[0](x, x, x)[0])
+    scores = q @ k.mT / q.shape[-1] ** 0.5 + mask
+    p = scores.masked_fill(padding, -torch.inf).softmax(-1)  # (heads, positions, keys)
+    out = layer.out_proj
+    W = out.get_parameter("base_layer.weight" if hasattr(out, "base_layer") else "weight")
+    bias = out.base_layer.bias if hasattr(out, "base_layer") else out.bias
+    y = (p @ v).transpose(0, 1).flatten(1)
+    return y @ (W.double() + change[1]).T + bias.double(), p
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+def test_attention_knows_where_its_rows_are(batch_first, average):
+    torch.manual_seed(0)
+    base = nn.MultiheadAttention(6, 2, batch_first=batch_first, dtype=torch.float64)
+    nn.init.normal_(base.in_proj_bias)
+    nn.init.normal_(base.out_proj.bias)
+    fields = {"init_lora_weights": False}
+    model = get_peft_model(
+        nn.Sequential(base), LoraConfig(r=2, lora_alpha=3, target_modules=["0"], **fields), "a"
+    )
+    both = LoraConfig(r=3, lora_alpha=5, target_modules=["0", "0.out_proj"], **fields)
+    model.add_adapter("b", both)
+    model.add_adapter("out", LoraConfig(r=1, target_modules=["0.out_proj"], **fields))
+    layer = model.base_model.model[0]
+    names = ["b", "a", "__base__", "out", "b"]
+    query, key = torch.randn(5, 4, 6).double(), torch.randn(5, 3, 6).double()
+    mask = torch.randn(5, 2, 4, 3).double()  # one for each head of each row
+    padding = torch.zeros(5, 3, dtype=torch.bool)
+    padding[1, 2] = padding[4, 0] = True
+
+    def call(order):
+        turn = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
+        with rows(model, [names[i] for i in order]):
+            y, p = layer(
+                turn(query[order]),
+                turn(key[order]),
+                turn(key[order]),
+                attn_mask=mask[order].flatten(0, 1),
+                key_padding_mask=padding[order].double() * -1e9,
+                average_attn_weights=average,
+            )
+        return turn(y), p
+
+    truth = []
+    for i, name in enumerate(names):
+        change = [
+            (one.scaling[name] * one.lora_B[name].weight @ one.lora_A[name].weight).detach()
+            if name in one.r
+            else 0
+            for one in (layer, layer.get_base_layer().out_proj)
+        ]
+        truth.append(by_hand(layer.get_base_layer(), change, query[i], key[i], mask[i], padding[i]))
+    for order in ([0, 1, 2, 3, 4], [3, 4, 0, 2, 1]):
+        y, p = call(order)
+        for i, row in enumerate(order):
+            torch.testing.assert_close(y[i], truth[row][0])
+            weights = truth[row][1]
+            torch.testing.assert_close(p[i], weights.mean(0) if average else weights)
+    before = layer(query, query, query)[0]
+    with pytest.raises(RowsError, match="does not divide"), rows(model, ["a", "b"]):
+        layer(query[:, :3], query[:, :3], query[:, :3])
+    with pytest.raises(RowsError, match="is no batch"), rows(model, ["a", "b"]):
+        layer(query[0], query[0], query[0])
+    torch.testing.assert_close(layer(query, query, query)[0], before, rtol=0, atol=0)
+
+
+def test_a_projection_that_is_adapted_alone_cannot_tell():
+    """Its module takes the weight once, for all rows; only that module knows where they are."""
+    model = get_peft_model(
+        nn.Sequential(nn.MultiheadAttention(8, 2)), LoraConfig(target_modules=["out_proj"]), "a"
+    )
+    x, layer = torch.randn(3, 2, 8), model.base_model.model[0]
+    with rows(model, ["a", "__base__"]), pytest.raises(RowsError, match="for all rows at once"):
+        layer(x, x, x)
+    with rows(model, ["a", "a"]):  # one weight will do
+        found = layer(x, x, x)[0]
+    assert torch.equal(found, layer(x, x, x)[0])

@@ -68,3 +68,7 @@ WEIGHT_TAKEN: dict[str, tuple[str, ...]] = {
     }.items()
     for model_type in model_types.split()
 }
+
+# Fused experts that get every token once for each expert, (experts · tokens, hidden), expert after expert, and
+# weigh none: by the name of their class.
+EXPERT_AFTER_EXPERT = ("Llama4TextExperts",)

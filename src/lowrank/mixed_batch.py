@@ -1,7 +1,8 @@
 """One layer's forward when the rows of a batch go through different adapters. `layer` is a LoraLayer."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,12 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lowrank.architectures import EXPERT_AFTER_EXPERT
 from lowrank.bases.kinds import EXPERTS
 from lowrank.errors import RowsError
+from lowrank.layer_adapters import LayerAdapters
 from lowrank.output_change import add_output_change, weights_with
-from lowrank.routing import BASE, Routing, blocks, groups, index
+from lowrank.routing import BASE, Routing, blocks, groups, index, runs
 
 
 def mixed_forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -55,75 +58,130 @@ def weights_for_all(layer: Any) -> dict[str, Tensor]:
     return weights_with(layer, list(names))
 
 
+class _Split(NamedTuple):
+    """Where the rows are in what a module is given and gives."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    dimensions: list[
+        int | None
+    ]  # of each thing that is given, along which its rows lie; None: the same for all rows
+    outputs: tuple[int, ...] = (
+        0,
+    )  # the same of what it gives; the last one's holds for all that follow
+    copies: int = 1  # how often all rows lie there, one after another
+
+    def places(self, rows: list[int], x: Tensor, dimension: int, count: int, where: str) -> Tensor:
+        """The indices along `dimension` that belong to `rows` of `count`."""
+        times = runs(x.shape, x.shape[dimension], self.copies * count, where)
+        copy, row, time = (torch.arange(n, device=x.device) for n in (self.copies, count, times))
+        return ((copy[:, None, None] * count + row[rows, None]) * times + time).flatten()
+
+
 def _through_the_weights(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the module gives when it is run once for each adapter, on its rows alone and with its weights.
 
-    The rows have to be the first dimension of everything that goes in and comes out, as a batch, or flattened
-    with their positions. Raises RowsError where that does not show.
+    Raises RowsError where it does not show which of what goes in and comes out belongs to which row.
     """
     base, routing = layer.get_base_layer(), layer.routing
     chain = layer.chain()
+    inside = [module for module in base.modules() if isinstance(module, LayerAdapters)]
     by_name: dict[str, list[int]] = {}
     for row, name in enumerate(routing.names):
         by_name.setdefault(name, []).append(row)
     if (
         len(by_name) == 1
         or layer.disable_adapters
-        or not any(n in one.r for one in chain for n in by_name)
+        or not any(n in one.r for one in (*chain, *inside) for n in by_name)
     ):
         replaced: dict[str, Tensor] = {}
         for one in () if layer.disable_adapters else chain:
             replaced |= weights_for_all(one)
         return functional_call(base, replaced, args, kwargs) if replaced else base(*args, **kwargs)
-    length = _splits(layer, args, kwargs)
-    given, structure = tree_flatten((args, kwargs))
+    split = _split(layer, args, kwargs)
+    given, structure = tree_flatten((split.args, split.kwargs))
+    count, where = len(routing.names), type(base).__name__
     order, parts = [], []
     for name, rows in by_name.items():
-        chosen = repeated(rows, given[0], len(routing.names), type(base).__name__)
         own = [
-            x[chosen] if isinstance(x, Tensor) and x.shape[:1] == (length,) else x for x in given
+            x if at is None else x.index_select(at, split.places(rows, x, at, count, where))
+            for x, at in zip(given, split.dimensions, strict=True)
         ]
         with routing.route([name] * len(rows)):
             own_args, own_kwargs = tree_unflatten(own, structure)
             parts.append(_through_the_weights(layer, own_args, own_kwargs))
-        order.append(chosen)
+        order.append(split.places(rows, given[0], split.dimensions[0] or 0, count, where))
     back = torch.cat(order).argsort()
     pieces, structures = zip(*(tree_flatten(part) for part in parts), strict=True)
-    if any(
-        y is not None and (not isinstance(y, Tensor) or y.shape[:1] != rows.shape)
-        for values, rows in zip(pieces, order, strict=True)
-        for y in values
-    ):
-        raise _refusal(layer, "what it gives has not the rows as its first dimension")
-    whole = [None if ys[0] is None else torch.cat(ys)[back] for ys in zip(*pieces, strict=True)]
+    whole = []
+    for i, ys in enumerate(zip(*pieces, strict=True)):
+        at = split.outputs[min(i, len(split.outputs) - 1)]
+        if any(
+            y is not None and not (isinstance(y, Tensor) and y.shape[at : at + 1] == rows.shape)
+            for y, rows in zip(ys, order, strict=True)
+        ):
+            raise _refusal(layer, f"what it gives has not the rows as dimension {at}")
+        whole.append(None if ys[0] is None else torch.cat(ys, at).index_select(at, back))
     return tree_unflatten(whole, structures[0])
 
 
-def _splits(layer: Any, args: tuple, kwargs: dict[str, Any]) -> int:
-    """The length of the dimension along which the module's inputs can be divided among the rows.
-
-    One tensor, whose first dimension is taken to be that of the rows, as before any layer. Or tokens and which
-    experts each goes to: fused experts alone may be given every token once for each of them, expert after expert.
-    Raises RowsError for all else: in what goes with a tensor (offsets, masks, a cache) the rows may be anywhere.
-    """
+def _split(layer: Any, args: tuple, kwargs: dict[str, Any]) -> _Split:
+    """How the module's inputs can be divided among the rows. Raises RowsError where that does not show."""
+    base = layer.get_base_layer()
+    if type(base).forward is nn.MultiheadAttention.forward:
+        return _of_attention(layer, args, kwargs)
     given = tree_flatten((args, kwargs))[0]
     tensors = [x for x in given if isinstance(x, Tensor)]
     others = all(x is None or isinstance(x, Tensor | bool | int | float | str) for x in given)
-    if not others or not isinstance(given[0], Tensor):
+    if not others or not given or not isinstance(given[0], Tensor):
         raise _refusal(layer, "it is given more than tensors")
-    x, *more = tensors
-    if layer.kind.layout is EXPERTS:
-        routed = any(t.ndim == 2 and not t.is_floating_point() for t in more)
-        if x.ndim != 2 or not routed or any(t.shape[:1] != x.shape[:1] for t in more):
-            raise _refusal(layer, "it is not told which tokens go to which expert")
-        return len(x)
+    check = _check_experts if layer.kind.layout is EXPERTS else _check_alone
+    copies = check(layer, *tensors)
+    # what goes with the tokens of experts has their length
+    dimensions = [
+        0 if isinstance(x, Tensor) and x.shape[:1] == given[0].shape[:1] else None for x in given
+    ]
+    return _Split(args, kwargs, dimensions, copies=copies)
+
+
+def _of_attention(layer: Any, args: tuple, kwargs: dict[str, Any]) -> _Split:
+    """torch's own: it says where its batch is; a mask for each head stands in its first dimension, row by row."""
+    base = layer.get_base_layer()
+    names = signature(base.forward).bind(*args, **kwargs).arguments
+    query, mask = names["query"], names.get("attn_mask")
+    if query.ndim != 3:
+        raise _refusal(layer, f"its query {tuple(query.shape)} is no batch")
+    batch = 0 if base.batch_first else 1
+    at = dict.fromkeys(("query", "key", "value"), batch) | {"key_padding_mask": 0}
+    if mask is not None and mask.ndim == 3:
+        at["attn_mask"] = 0
+    dimensions = [at.get(name) if isinstance(x, Tensor) else None for name, x in names.items()]
+    return _Split((), dict(names), dimensions, outputs=(batch, 0))
+
+
+def _check_experts(layer: Any, x: Tensor, *more: Tensor) -> int:
+    """Fused experts: tokens, and to which experts each goes; or every token for each expert, expert after expert."""
+    base = layer.get_base_layer()
+    if not more and type(base).__name__ in EXPERT_AFTER_EXPERT:
+        return layer.experts
+    routed = any(t.ndim == 2 and not t.is_floating_point() for t in more)
+    if x.ndim != 2 or not routed or any(t.shape[:1] != x.shape[:1] for t in more):
+        raise _refusal(layer, "it is not told which tokens go to which expert")
+    return 1
+
+
+def _check_alone(layer: Any, x: Tensor, *more: Tensor) -> int:
+    """One tensor, whose first dimension is taken to be that of the rows, as before any layer.
+
+    In what goes with a tensor (offsets, masks, a cache) the rows may be anywhere.
+    """
     least = 2 if x.is_floating_point() else 1
     base = layer.get_base_layer()
     if isinstance(base, _ConvNd):
         least = base.weight.ndim
     if more or x.ndim < least:
         raise _refusal(layer, "where the rows are in its inputs does not show")
-    return len(x)
+    return 1
 
 
 def _refusal(layer: Any, why: str) -> RowsError:
@@ -245,6 +303,5 @@ def by_adapter(
 
 def repeated(rows: list[int], x: Tensor, count: int, where: str) -> Tensor:
     """The indices into x's first dimension that belong to `rows`, each of which may stand there several times."""
-    blocks(x.reshape(x.shape[0], -1), count, where)
-    times = x.shape[0] // count
+    times = runs(x.shape, x.shape[0], count, where)
     return (index(rows, x)[:, None] * times + torch.arange(times, device=x.device)).flatten()

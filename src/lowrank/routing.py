@@ -73,13 +73,19 @@ def blocks(x: Tensor, count: int, where: str) -> Tensor:
     A batch of `count` rows, each with its positions; or with every row repeated in place (beams), or
     flattened with its positions. Raises RowsError if the first dimension does not divide.
     """
-    if x.shape[0] % count:
+    runs(x.shape, x.shape[0], count, where)
+    return x.reshape(count, -1, x.shape[-1])
+
+
+def runs(shape: Sequence[int], length: int, count: int, where: str) -> int:
+    """How many of `length` entries each of `count` rows has. Raises RowsError, with the tensor's shape, if that is no number."""
+    if length % count:
         raise RowsError(
-            f"{where} was given {tuple(x.shape)}, which does not divide into the {count} rows of adapter_names: this "
+            f"{where} was given {tuple(shape)}, which does not divide into the {count} rows of adapter_names: this "
             "layer sees something else than the batch (positions, routed tokens). Leave it out of the adapters, or "
             "run the adapters one after another."
         )
-    return x.reshape(count, -1, x.shape[-1])
+    return length // count
 
 
 def groups(names: Sequence[str]) -> dict[str, list[int]]:
