@@ -262,7 +262,7 @@ def attention(part: str, batch_first: bool = True, causal: bool = False, padded=
     layer = nn.MultiheadAttention(6, 2, batch_first=batch_first)
     nn.init.normal_(layer.in_proj_bias, std=0.5)
     nn.init.normal_(layer.out_proj.bias)
-    mask = torch.zeros(2, 1, 5, 5, dtype=torch.bool)
+    mask = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
     if causal:
         mask = mask | CAUSAL
     if padded:
