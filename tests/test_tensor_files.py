@@ -41,3 +41,11 @@ def test_a_file_that_does_not_fit_is_told_before_anything_is_written(tmp_path):
             raise AssertionError("the file was made")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_a_new_file_has_its_head_and_its_size(tmp_path, monkeypatch, system):
+    monkeypatch.setattr("lowrank.tensor_files.sys.platform", system)
+    with created(tmp_path / "new", Layout(b"head", {}, 5000)):
+        pass
+    assert (tmp_path / "new").read_bytes() == b"head" + bytes(4996)

@@ -147,10 +147,7 @@ def created(path: Path, place: Layout) -> Iterator[int]:
     """A new file of this layout, with its head, and room for the rest. Raises TensorFileError if there is none."""
     with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file, 0, place.bytes)
-            else:
-                os.truncate(file, place.bytes)
+            _reserve(file, place.bytes)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -160,6 +157,23 @@ def created(path: Path, place: Layout) -> Iterator[int]:
             ) from error
         write_bytes(file, memoryview(place.head), 0)
         yield file
+
+
+def _reserve(file: int, size: int) -> None:
+    """Give a new file its size, and its place on the disk where the file system can do that at once.
+
+    Not by os.posix_fallocate, which writes to every block where it cannot.
+    """
+    fallocate = None
+    if sys.platform == "linux":
+        fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate and fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(code, os.strerror(code))
+        fallocate = None
+    if not fallocate:
+        os.truncate(file, size)
 
 
 def read_block(file: int, entry: Entry, begin: int, end: int, into: bytearray | None = None):
