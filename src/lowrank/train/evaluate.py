@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from lowrank.train.data.encode import IGNORE, Encoded, pad_id, pad_right, prompt
 from lowrank.train.data.render import prompt_text
 from lowrank.train.data.shapes import Row
 from lowrank.train.metrics import METRICS, ROWS, TOKENS
+from lowrank.train.run import processes
 from lowrank.train.settings import EvalSettings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,17 +137,19 @@ def mean_loss(
     model: nn.Module, examples: Sequence[dict[str, list[int]]], pad: int, batch_size: int
 ) -> tuple[float, int]:
     """Nats a supervised token over all `examples` together, and how many tokens that is."""
-    # neighbours of like length: less padding, the same sum
-    ordered = sorted(examples, key=lambda e: len(e["input_ids"]))
     collate, device = pad_right(pad), device_of(model)
-    total, tokens = 0.0, 0
+
+    def summed(batch: Sequence[int]) -> tuple[float, int]:
+        inputs = {n: t.to(device) for n, t in collate([examples[i] for i in batch]).items()}
+        labels = inputs.pop("labels")
+        nats = summed_loss(model(**inputs).logits, labels).item()
+        return nats, int((labels[:, 1:] != IGNORE).sum())
+
+    # neighbours of like length: less padding, the same sum
+    alike = by_length([len(e["input_ids"]) for e in examples], batch_size)
     with evaluating(model):
-        for batch in batches(ordered, batch_size):
-            inputs = {name: tensor.to(device) for name, tensor in collate(list(batch)).items()}
-            labels = inputs.pop("labels")
-            total += summed_loss(model(**inputs).logits, labels).item()
-            tokens += int((labels[:, 1:] != IGNORE).sum())
-    return total / tokens, tokens
+        nats, tokens = zip(*processes.divided(summed, alike, model), strict=True)
+    return sum(nats) / sum(tokens), sum(tokens)
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -172,18 +177,20 @@ def answer_rows(
     chat_template: bool = True,
     **sampling: Any,
 ) -> list[str]:
-    """Answers to the prompts of `rows`, in their order, greedy unless `sampling` says otherwise."""
+    """Answers to the prompts of `rows`, in their order, greedy unless `sampling` says otherwise.
+
+    Several processes divide greedy answers among themselves, and draw the same ones.
+    """
     texts = [prompt_text(row.prompt, tokenizer, chat_template, row.tools) for row in rows]
     templated = chat_template and bool(tokenizer.chat_template)
     prompts = prompt_ids(texts, tokenizer, templated)
-    answers = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    for batch in batches(order, batch_size):
+
+    def said(batch: Sequence[int]) -> list[str]:
         asked = [prompts[i] for i in batch]
-        texts = generate_batch(model, tokenizer, asked, max_new_tokens, **sampling)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text
-    return answers
+        return generate_batch(model, tokenizer, asked, max_new_tokens, **sampling)
+
+    drawn = bool(sampling.get("do_sample"))
+    return of_each(said, list(map(len, prompts)), batch_size, model, divide=not drawn)
 
 
 def generate_batch(
@@ -239,6 +246,31 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def of_each(
+    work: Callable[[Sequence[int]], Sequence[T]],
+    lengths: Sequence[int],
+    batch_size: int,
+    model: nn.Module,
+    *,
+    divide: bool = True,
+) -> list[T]:
+    """What `work` finds of each row, in their order; several processes divide the batches.
+
+    lengths: of the rows. work: (numbers of rows of like length) → something for each.
+    """
+    alike = by_length(lengths, batch_size)
+    with evaluating(model):
+        made = processes.divided(work, alike, model) if divide else list(map(work, alike))
+    return in_order(alike, made)
+
+
+def in_order(alike: Sequence[Sequence[int]], found: Sequence[Sequence[T]]) -> list[T]:
+    """What was `found` of each row, batch by batch, in the order of the rows' numbers."""
+    pairs = [pair for batch in zip(alike, found, strict=True) for pair in zip(*batch, strict=True)]
+    return [one for _, one in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def by_length(lengths: Sequence[int], size: int) -> list[Sequence[int]]:
+    """The numbers of rows of these lengths, in batches of like length."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]

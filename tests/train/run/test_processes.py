@@ -67,8 +67,8 @@ def together(folder, name, *words, before="", timeout=60):
     return programs.run(["python", "-c", code, "2", *given], folder, timeout, programs.TRAINING)
 
 
-def assert_same_result(one, two):
-    a, b = (load_file(path / "adapter_model.safetensors") for path in (one, two))
+def assert_same_result(one, two, file="adapter_model.safetensors"):
+    a, b = (load_file(path / file) for path in (one, two))
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=5e-5)
@@ -120,6 +120,23 @@ def test_fsdp(folder, alone):
     again = together(folder, "fsdp", "--train.fsdp", "true", "--resume", before=FSDP_ON_CPU)
     assert again.returncode == 0, again.stderr
     assert tiny.same_bits(load_file(folder / "fsdp" / "adapter_model.safetensors"), weights)
+
+
+@pytest.mark.slow
+def test_fsdp_of_all_weights(folder):
+    words = ["--method", "full"]
+    done = programs.run(
+        ["lowrank", *WORDS, *words, "--batch-size", "4", "--output", "full"],
+        folder,
+        begin=programs.TRAINING,
+    )
+    assert done.returncode == 0, done.stderr
+    words += ["--train.fsdp", "true"]
+    for more in ([], ["--resume"]):
+        done = together(folder, "shared", *words, *more, before=FSDP_ON_CPU)
+        assert done.returncode == 0, done.stderr
+        assert_same_result(folder / "full", folder / "shared", "model.safetensors")
+        shutil.rmtree(newest_checkpoint(folder / "shared"))
 
 
 @pytest.mark.slow
@@ -177,6 +194,23 @@ def test_evaluation_is_evened_out_by_rows_without_a_target(monkeypatch):
     assert even[:5] == rows
     assert [row["labels"] for row in even[5:]] == [[-100, -100]] * 3
     assert evened([{"labels": 1}] * 3, 2)[3] == {"labels": -100}
+
+
+def test_work_is_divided_where_each_process_holds_the_weights(monkeypatch):
+    model, done = torch.nn.Linear(2, 3), []
+
+    def work(number):
+        done.append(number)
+        return -number
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "everyones", lambda mine: [mine, [-1, -3]])
+    assert processes.divided(work, range(5), model) == [0, -1, -2, -3, -4]
+    assert done == [0, 2, 4]
+    model.weight.ds_id = 0  # as ZeRO-3 marks what it has split up
+    assert processes.divided(work, range(5), model) == [0, -1, -2, -3, -4]
+    assert done == [0, 2, 4, 0, 1, 2, 3, 4]
 
 
 def test_an_adapter_that_was_saved_empty_is_found(tmp_path):

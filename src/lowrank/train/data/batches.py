@@ -1,15 +1,17 @@
-"""Examples of any task as tensors, and a model's outputs for them."""
+"""Examples of any task as tensors, and what a model's outputs for them say."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.train.data.encode import IGNORE
-from lowrank.train.evaluate import device_of, evaluating
+from lowrank.train.evaluate import by_length, device_of, evaluating, in_order
+from lowrank.train.run import processes
 
 Example = dict[str, Any]
+T = TypeVar("T")
 
 
 def collate_padded(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
@@ -36,18 +38,25 @@ def _padded(values: list[Any], filling: int) -> Tensor:
     return torch.tensor([value + [filling] * (width - len(value)) for value in values])
 
 
-def outputs(
+def totalled(
+    read: Callable[[Sequence[int], Any, Tensor], tuple[float, Sequence[T]]],
     model: nn.Module,
     examples: Sequence[Example],
     collate: Callable[[Sequence[Example]], dict[str, Tensor]],
     batch_size: int,
-) -> Iterator[tuple[list[int], Any, Tensor]]:
-    """(which examples, the model's output for them, their labels), a batch of like length at a time."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+) -> tuple[float, list[T]]:
+    """A sum over all `examples`, and what is found of each, in their order; several processes divide them.
+
+    read: (which examples, the model's output for them, their labels) → the sum over these, something for each.
+    """
     device = device_of(model)
+
+    def work(chosen: Sequence[int]) -> tuple[float, Sequence[T]]:
+        batch = {k: v.to(device) for k, v in collate([examples[i] for i in chosen]).items()}
+        labels = batch.pop("labels")
+        return read(chosen, model(**batch), labels)
+
+    alike = by_length([len(e["input_ids"]) for e in examples], batch_size)
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = {k: v.to(device) for k, v in collate([examples[i] for i in chosen]).items()}
-            labels = batch.pop("labels")
-            yield chosen, model(**batch), labels
+        sums, found = zip(*processes.divided(work, alike, model), strict=True)
+    return sum(sums), in_order(alike, found)

@@ -8,14 +8,16 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from lowrank.errors import ConfigError, MissingExtraError
 from lowrank.train.settings import TrainSettings
 
+T = TypeVar("T")
+R = TypeVar("R")
 ON_CPU = False  # whether FSDP may be asked for without a GPU: in tests, which tell accelerate so
 PATIENCE = 20.0  # seconds in which the first process has said what is wrong with settings or data
 SPOKEN = "lowrank/spoken"  # the key of the process whose error is shown
@@ -108,6 +110,22 @@ def everyones(thing: Any) -> list[Any]:
     found: list[Any] = [None] * count()
     torch.distributed.all_gather_object(found, thing)
     return found
+
+
+def divided(work: Callable[[T], R], things: Sequence[T], model: Any) -> list[R]:
+    """`work` of each of `things`, in their order, which the processes divide among themselves. Collective.
+
+    Where they share the weights of `model` (FSDP2, ZeRO-3), each does all: they are needed for every forward.
+    """
+    import torch
+
+    size = count() if torch.distributed.is_initialized() else 1
+    if size == 1 or any(
+        hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters()
+    ):
+        return [work(thing) for thing in things]
+    found = everyones([work(thing) for thing in things[rank() :: size]])
+    return [found[i % size][i // size] for i in range(len(things))]
 
 
 def end() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
-from lowrank.train.data.batches import collate_padded, outputs
+from lowrank.train.data.batches import collate_padded, totalled
 from lowrank.train.data.encode import Encoded
 from lowrank.train.data.labels import check_known, label_options, names_of
 from lowrank.train.data.problems import DataError
@@ -155,12 +155,12 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
     """Accuracy and F1, or correlations; the loss in nats, or squared, a row (and class, of several at once)."""
     kind, names = PROBLEMS[data.model_options["problem_type"]], names_of(data.model_options)
     collate = collate_padded(padded_with(model, tokenizer))
-    found: list[Any] = [None] * len(data.rows)
-    loss = 0.0
-    for chosen, out, labels in outputs(model, data.examples, collate, settings.eval.batch_size):
-        loss += float(kind.total(out.logits, labels))
-        for i, logits in zip(chosen, out.logits, strict=True):
-            found[i] = kind.label(logits, names)
+
+    def read(chosen: Sequence[int], out: Any, labels: Tensor) -> tuple[float, list[Label]]:
+        answers = [kind.label(logits, names) for logits in out.logits]
+        return float(kind.total(out.logits, labels)), answers
+
+    loss, found = totalled(read, model, data.examples, collate, settings.eval.batch_size)
     expected = [row.label for row in data.rows]
     answers = [
         Answer(

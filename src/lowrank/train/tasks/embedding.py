@@ -15,7 +15,7 @@ from lowrank.train.data.batches import Example, collate_padded
 from lowrank.train.data.encode import Encoded, pad_id
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Related
-from lowrank.train.evaluate import Answer, Evaluation, batches, device_of, evaluating
+from lowrank.train.evaluate import Answer, Evaluation, device_of, of_each
 from lowrank.train.metrics import mean, pearson, spearman
 from lowrank.train.run.trainer import Training, fit
 from lowrank.train.settings import Sections
@@ -212,12 +212,10 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
 def embed_all(model: nn.Module, ids: Sequence[list[int]], pad: int, batch_size: int) -> Tensor:
     """The embeddings of texts given as token ids, in their order: (texts, width), float32."""
     collate, device = collate_padded(pad), device_of(model)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    found: list[Tensor] = [torch.empty(0)] * len(ids)
-    with evaluating(model):
-        for chosen in batches(order, batch_size):
-            batch = collate([{"input_ids": ids[i]} for i in chosen])
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            for i, vector in zip(chosen, embed(model, inputs), strict=True):
-                found[i] = vector
-    return torch.stack(found)
+
+    def vectors(chosen: Sequence[int]) -> Sequence[Tensor]:
+        batch = collate([{"input_ids": ids[i]} for i in chosen])
+        found = embed(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        return list(found.cpu())
+
+    return torch.stack(of_each(vectors, list(map(len, ids)), batch_size, model)).to(device)

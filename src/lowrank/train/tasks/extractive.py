@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from lowrank.errors import some
 from lowrank.train.answers import squad_em, squad_f1
-from lowrank.train.data.batches import collate_padded, outputs
+from lowrank.train.data.batches import collate_padded, totalled
 from lowrank.train.data.encode import Encoded
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Question
@@ -154,21 +154,28 @@ def score(model: nn.Module, tokenizer: Any, data: Windows, settings: Sections) -
     """
     spans: dict[int, list[tuple[float, str]]] = {id(row): [] for row in data.rows}
     nothing: dict[int, float] = {}
-    nats = 0.0
     collate = collate_padded(padded_with(model, tokenizer))
-    for chosen, out, labels in outputs(model, data.examples, collate, settings.eval.batch_size):
-        nats += float(total(out, labels)[0])
-        for i, start, end in zip(chosen, out.start_logits, out.end_logits, strict=True):
-            row = data.rows[i]
-            spans[id(row)] += _best(start.float(), end.float(), data.characters[i], row.context)
-            none = float(start[0] + end[0])
-            nothing[id(row)] = min(none, nothing.get(id(row), none))
+
+    def read(chosen: Sequence[int], out: Any, labels: Tensor) -> tuple[float, list[Any]]:
+        windows = [
+            (
+                _best(start.float(), end.float(), data.characters[i], data.rows[i].context),
+                float(start[0] + end[0]),
+            )
+            for i, start, end in zip(chosen, out.start_logits, out.end_logits, strict=True)
+        ]
+        return float(total(out, labels)[0]), windows
+
+    nats, windows = totalled(read, model, data.examples, collate, settings.eval.batch_size)
+    for row, (best, none) in zip(data.rows, windows, strict=True):
+        spans[id(row)] += best
+        nothing[id(row)] = min(none, nothing.get(id(row), none))
     rows = list({id(row): row for row in data.rows}.values())
     may_be_none = any(not row.answers for row in rows)
     answers = []
     for row in rows:
-        best, text = max(spans[id(row)], default=(-torch.inf, ""))
-        text = "" if may_be_none and nothing[id(row)] > best else text
+        score, text = max(spans[id(row)], default=(-torch.inf, ""))
+        text = "" if may_be_none and nothing[id(row)] > score else text
         wanted = [answer for answer, _ in row.answers] or [""]
         exact = squad_em(text, wanted)
         answers.append(

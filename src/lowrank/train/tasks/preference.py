@@ -17,9 +17,8 @@ from lowrank.train.evaluate import (
     Evaluation,
     answer_rows,
     asked_text,
-    batches,
     device_of,
-    evaluating,
+    of_each,
 )
 from lowrank.train.settings import Sections
 
@@ -230,14 +229,14 @@ def scored_rewards(model: Any, data: Preferences, pad: int, *, batch_size: int =
     """What a reward model with one output gives each answer after its prompt."""
     answers = data.answers
     collate, device = pad_right(pad), device_of(model)
-    rewards = [0.0] * len(answers)
-    with evaluating(model):
-        for batch in batches(_by_length(answers), batch_size):
-            inputs = collate([answers[i] for i in batch])
-            del inputs["labels"]
-            logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
-            for i, reward in zip(batch, logits[:, 0].float().tolist(), strict=True):
-                rewards[i] = reward
+
+    def given(batch: Sequence[int]) -> list[float]:
+        inputs = collate([answers[i] for i in batch])
+        del inputs["labels"]
+        logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+        return logits[:, 0].float().tolist()
+
+    rewards = of_each(given, _lengths(answers), batch_size, model)
     return Rewards(rewards, _compared(data, rewards))
 
 
@@ -246,25 +245,23 @@ def answer_logps(
 ) -> list[float]:
     """log π(answer | prompt) of each, in nats: the sum over the tokens that are learnt."""
     collate, device = pad_right(pad), device_of(model)
-    found = [0.0] * len(answers)
-    with evaluating(model):
-        for batch in batches(_by_length(answers), batch_size):
-            inputs = {
-                name: tensor.to(device)
-                for name, tensor in collate([answers[i] for i in batch]).items()
-            }
-            targets = inputs.pop("labels")[:, 1:]
-            logits = model(**inputs).logits[:, :-1].float()
-            nats = cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
-            )
-            for i, logp in zip(batch, nats.view(targets.shape).sum(1).neg().tolist(), strict=True):
-                found[i] = logp
-    return found
+
+    def logps(batch: Sequence[int]) -> list[float]:
+        inputs = {
+            name: tensor.to(device) for name, tensor in collate([answers[i] for i in batch]).items()
+        }
+        targets = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs).logits[:, :-1].float()
+        nats = cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+        )
+        return nats.view(targets.shape).sum(1).neg().tolist()
+
+    return of_each(logps, _lengths(answers), batch_size, model)
 
 
-def _by_length(answers: Sequence[Example]) -> list[int]:
-    return sorted(range(len(answers)), key=lambda i: len(answers[i]["input_ids"]))
+def _lengths(answers: Sequence[Example]) -> list[int]:
+    return [len(answer["input_ids"]) for answer in answers]
 
 
 def _good(data: Preferences) -> list[bool]:

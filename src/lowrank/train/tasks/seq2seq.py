@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lowrank.train.data.batches import Example, collate_padded, outputs
+from lowrank.train.data.batches import Example, collate_padded, totalled
 from lowrank.train.data.encode import IGNORE, Encoded, pad_id
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.render import prompt_text
@@ -16,9 +15,8 @@ from lowrank.train.data.shapes import Row
 from lowrank.train.evaluate import (
     Evaluation,
     answered,
-    batches,
     device_of,
-    evaluating,
+    of_each,
     perplexity,
     sampling_of,
 )
@@ -126,9 +124,12 @@ def train(
 
 def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -> Evaluation:
     """ROUGE and the like of generated answers, loss and perplexity."""
-    nats, size = 0.0, settings.eval.batch_size
-    for _, out, labels in outputs(model, data.examples, collate(model, tokenizer), size):
-        nats += float(total(out, labels)[0])
+    size = settings.eval.batch_size
+
+    def read(chosen: Sequence[int], out: Any, labels: Tensor) -> tuple[float, Sequence[int]]:
+        return float(total(out, labels)[0]), chosen
+
+    nats, _ = totalled(read, model, data.examples, collate(model, tokenizer), size)
     asked = data.examples[: settings.eval.generate]
 
     def said(**sampling: Any) -> list[str]:
@@ -161,18 +162,16 @@ def generated(
 ) -> list[str]:
     """What the decoder says to each prompt, in their order."""
     padded, device = collate_padded(pad_id(tokenizer)), device_of(model)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [""] * len(prompts)
-    with evaluating(model), torch.no_grad():
-        for chosen in batches(order, batch_size):
-            inputs = padded([{"input_ids": prompts[i]} for i in chosen])
-            out = model.generate(
-                **{name: tensor.to(device) for name, tensor in inputs.items()},
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad_id(tokenizer),
-                **sampling,
-            )
-            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                found[i] = text.strip()
-    return found
+
+    def said(chosen: Sequence[int]) -> list[str]:
+        inputs = padded([{"input_ids": prompts[i]} for i in chosen])
+        out = model.generate(
+            **{name: tensor.to(device) for name, tensor in inputs.items()},
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_id(tokenizer),
+            **sampling,
+        )
+        return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    drawn = bool(sampling.get("do_sample"))
+    return of_each(said, list(map(len, prompts)), batch_size, model, divide=not drawn)

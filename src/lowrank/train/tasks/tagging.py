@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lowrank.train.data.batches import collate_padded, outputs
+from lowrank.train.data.batches import collate_padded, totalled
 from lowrank.train.data.encode import IGNORE, Encoded
 from lowrank.train.data.labels import check_known, label_options, names_of
 from lowrank.train.data.problems import DataError
@@ -120,14 +120,20 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
     """F1 of whole entities where tags are B-, I- and O, else of tags; a word that was cut away is O, or a miss."""
     names = names_of(data.model_options)
     missed = "O" if "O" in names else ""
-    found: list[list[str]] = [[] for _ in data.rows]
     collate = collate_padded(padded_with(model, tokenizer))
-    nats = 0.0
-    for chosen, out, labels in outputs(model, data.examples, collate, settings.eval.batch_size):
-        nats += float(total(out, labels)[0])
-        for i, logits, row in zip(chosen, out.logits, labels, strict=True):
-            tags = [names[k] for k in logits[row != IGNORE].argmax(-1).tolist()]
-            found[i] = tags + [missed] * (len(data.rows[i].words) - len(tags))
+
+    def read(chosen: Sequence[int], out: Any, labels: Tensor) -> tuple[float, list[list[str]]]:
+        tags = [
+            [names[k] for k in logits[row != IGNORE].argmax(-1).tolist()]
+            for logits, row in zip(out.logits, labels, strict=True)
+        ]
+        return float(total(out, labels)[0]), tags
+
+    nats, tags = totalled(read, model, data.examples, collate, settings.eval.batch_size)
+    found = [
+        given + [missed] * (len(row.words) - len(given))
+        for row, given in zip(data.rows, tags, strict=True)
+    ]
     expected = [row.tags for row in data.rows]
     words = [[tag for tags in side for tag in tags] for side in (expected, found)]
     scores = {}
