@@ -137,15 +137,22 @@ def of_kohya(file):
 
 
 def of_mlx(folder):
-    """mlx-lm's LoRALinear: y + scale · (x @ lora_a) @ lora_b, so that ΔWᵀ = scale · lora_a @ lora_b."""
+    """mlx-lm's LoRALinear: y + scale · (x @ lora_a) @ lora_b, so that ΔWᵀ = scale · lora_a @ lora_b.
+
+    Of its experts, LoRASwitchLinear, both are transposed.
+    """
     tensors = load_file(folder / "adapters.safetensors")
     said = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]
     return {
         key.removesuffix(".lora_a"): said["scale"]
-        * (a.double() @ tensors[key.replace("lora_a", "lora_b")].double()).T
+        * _mlx_product(a.double(), tensors[key.replace("lora_a", "lora_b")].double())
         for key, a in tensors.items()
         if key.endswith(".lora_a")
     }
+
+
+def _mlx_product(a, b):
+    return (a @ b).T if a.ndim == 2 else b @ a
 
 
 def of_gguf(file):

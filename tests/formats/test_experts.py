@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adapters import PREFIX, assert_same, of_gguf, written
+from adapters import PREFIX, assert_same, of_gguf, of_mlx, written
 from safetensors.torch import load_file
 
 from lowrank import Adapter, LoraConfig, read_adapter, write_adapter
@@ -90,6 +90,35 @@ def test_fused_experts(tmp_path, r):
     assert_same(of_gguf(tmp_path / "b.gguf"), wanted)
 
 
+def mlx_name(name, block):
+    number, word = name.split(".")[1], name.split(".")[2].split("_")[1]
+    end = "gate" if "gate_inp" in name else f"switch_mlp.{word}_proj"
+    return f"model.layers.{number}.{block}.{end}"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_fused_experts_in_mlx(tmp_path, kind):
+    base, block = (
+        base_folder(tmp_path / "base", kind),
+        "block_sparse_moe" if kind == "mixtral" else "mlp",
+    )
+    ranks, alphas = dict(zip(SHAPES, (5, 2), strict=True)), dict(zip(SHAPES, (6, 2.5), strict=True))
+    source = write_fused(tmp_path / "in", ranks, alphas, router=True)
+    with pytest.raises(ConvertError, match=r"how many experts.*base="):
+        convert(source, tmp_path / "mlx", "mlx")
+    convert(source, tmp_path / "mlx", "mlx", base=base)
+    convert(source, tmp_path / "a.gguf", "gguf", base=base)
+    found = of_gguf(tmp_path / "a.gguf")  # which the test above has compared
+    wanted = {mlx_name(name, block): delta for name, delta in found.items()}
+    assert_same(of_mlx(tmp_path / "mlx"), wanted)
+    convert(tmp_path / "mlx", tmp_path / "out", "peft", base=base)
+    convert(tmp_path / "out", tmp_path / "b.gguf", "gguf")
+    assert_same(of_gguf(tmp_path / "b.gguf"), found)
+    singles = {f"model.layers.0.mlp.experts.{e}.w2": (H, F) for e in range(E)}
+    with pytest.raises(ConvertError, match="no DoRA for experts"):
+        convert(written(tmp_path / "m", singles, dora=True), tmp_path / "x", "mlx", base=base)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_parameter_alone(tmp_path, name):
     base = base_folder(tmp_path / "base", "qwen3_moe")
@@ -158,7 +187,7 @@ def test_experts_that_the_base_has_not_are_refused(tmp_path):
         f"{single}.lora_B.weight": torch.ones(H, 4),
     }
     write_adapter(tmp_path / "twice", adapter._replace(tensors={**adapter.tensors, **more}))
-    with pytest.raises(ConvertError, match=r"ffn_down_exps is adapted twice"):
+    with pytest.raises(ConvertError, match="down of the experts is adapted twice"):
         convert(tmp_path / "twice", tmp_path / "a.gguf", "gguf", base=base)
     half = tmp_path / "half"
     half.mkdir()

@@ -373,8 +373,8 @@ def test_stacked_factors_of_experts_go_only_where_their_configuration_goes(tmp_p
     convert(tmp_path / "in", tmp_path / "out", "peft")
     assert read_adapter(tmp_path / "out").tensors.keys() == tensors.keys()
     assert read_adapter(tmp_path / "out").config == config
-    with pytest.raises(ConvertError, match=r"target_parameters=.*mlx"):
-        convert(tmp_path / "in", tmp_path / "mlx", "mlx")
+    with pytest.raises(ConvertError, match=r"target_parameters=.*kohya"):
+        convert(tmp_path / "in", tmp_path / "a.safetensors", "kohya", component="transformer")
 
 
 # --- kohya ----------------------------------------------------------------------------------------
@@ -573,7 +573,7 @@ def test_mlx_files_that_are_refused(tmp_path):
         (
             {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": torch.ones(2, 3, 4), **good},
             {},
-            "switch_mlp",
+            "0 up has only one",
         ),
         (
             {"language_model.model.layers.0.mlp.up_proj.lora_a": torch.ones(2, 3), **good},
@@ -591,9 +591,10 @@ def test_mlx_files_that_are_refused(tmp_path):
 
 
 def test_mlx_knows_no_other_layout_of_names(tmp_path):
+    base = base_folder(tmp_path / "base")  # without experts
     for path in ("transformer.h.0.attn.c_attn", "model.layers.0.mlp.experts.3.up_proj"):
         with pytest.raises(ConvertError, match=re.escape(path)):
-            convert(written(tmp_path / path, {path: (6, 4)}), tmp_path / "mlx", "mlx")
+            convert(written(tmp_path / path, {path: (6, 4)}), tmp_path / "mlx", "mlx", base=base)
 
 
 LAYOUTS = {

@@ -21,7 +21,6 @@ from lowrank.formats.base_model import ARCHITECTURES
 
 # what a model_type needs beside the sizes
 OPTIONS = {
-    "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},  # mlx-lm's default
     "qwen3": {"head_dim": 10},
     "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "qwen2_moe": {

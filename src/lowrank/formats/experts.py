@@ -1,4 +1,4 @@
-"""Experts in llama.cpp's tensors: one for all experts of a layer, `ffn_gate_exps`, `ffn_up_exps`, `ffn_down_exps`.
+"""Experts as llama.cpp and MLX hold them: gate, up and down of a layer, each one tensor of all experts.
 
 A there is (expert, r, in), B (expert, out, r), with one rank and scaling for all. transformers 5 holds gate and up in one
 parameter, [gate; up]: each takes its rows of B, and both the same A. Adapters of single experts (modules, before
@@ -10,17 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
-from lowrank.adapter_layers import AdapterLayer
-from lowrank.bare_parameters import Bare
+from lowrank.adapter_file import Adapter
+from lowrank.adapter_layers import AdapterLayer, read_layers
+from lowrank.bare_parameters import Bare, bare_parameters
 from lowrank.bases.kinds import EXPERTS
 from lowrank.errors import ConvertError, listed
+from lowrank.formats.base_model import ARCHITECTURES
 from lowrank.formats.layers import folded, most_common
 from lowrank.fused_experts import fused_factors
 
-NAME = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps")
+Place = tuple[str, str]  # the number of a layer, and gate, up or down; gate_up is read as well
+
 _FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
 _SINGLE = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)")
 _WORDS = {
@@ -34,6 +36,18 @@ _WORDS = {
 def count(config: Mapping[str, Any]) -> int:
     """How many experts a config.json says that there are."""
     return int(config.get("num_local_experts") or config.get("num_experts") or 0)
+
+
+def read_adapted(
+    adapter: Adapter, config: Mapping[str, Any]
+) -> tuple[dict[Place, AdapterLayer], dict[str, AdapterLayer]]:
+    """`stacked` of an adapter's layers, for a base with this config.json. Raises ConvertError, with all that is wrong."""
+    (bare,), problems = bare_parameters([adapter], shapes(config))
+    layers, _, wrong = read_layers(adapter, bare)
+    if problems or wrong:
+        raise ConvertError(listed([*problems, *wrong]))
+    row = ARCHITECTURES.get(config.get("model_type", ""))
+    return stacked(layers, count(config)) if row and row.experts else ({}, layers)
 
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -54,14 +68,14 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def stacked(
     layers: Mapping[str, AdapterLayer], experts: int
-) -> tuple[dict[str, AdapterLayer], dict[str, AdapterLayer]]:
-    """The layers of experts by llama.cpp's names, with A (expert, r, in) and B (expert, out, r); and all others.
+) -> tuple[dict[Place, AdapterLayer], dict[str, AdapterLayer]]:
+    """The layers of experts, with A (expert, r, in) and B (expert, out, r); and all others, routers by their modules.
 
     experts: how many there are. Raises ConvertError where a layer has others.
     """
-    found: dict[str, AdapterLayer] = {}
+    found: dict[Place, AdapterLayer] = {}
     rest: dict[str, AdapterLayer] = {}
-    singles: dict[str, dict[int, AdapterLayer]] = {}
+    singles: dict[Place, dict[int, AdapterLayer]] = {}
     problems = []
     for path, layer in layers.items():
         fused, single = _FUSED.fullmatch(path), _SINGLE.fullmatch(path)
@@ -72,23 +86,25 @@ def stacked(
             B = EXPERTS.B_matrix(layer.B, layer.experts)
             words = ["down"] if fused[2] == "down" else ["gate", "up"]
             for word, part in zip(words, B.chunk(len(words), dim=1), strict=True):
-                found[_name(fused[1], word)] = AdapterLayer(A, part, layer.alpha)
+                found[fused[1], word] = AdapterLayer(A, part, layer.alpha)
         elif single and single[3] in _WORDS:
             if int(single[2]) >= experts:
                 problems.append(f"{path}: the base has {experts} experts.")
-            name = _name(single[1], _WORDS[single[3]])
-            singles.setdefault(name, {})[int(single[2])] = layer
+            place = single[1], _WORDS[single[3]]
+            singles.setdefault(place, {})[int(single[2])] = layer
+        elif layer.bare is not None and layer.experts == 1:  # transformers' routers are no Linear
+            rest[path.removesuffix(".weight")] = layer._replace(bare=None)
         else:
             rest[path] = layer
-    problems += [f"{name} is adapted twice." for name in singles if name in found]
+    problems += [
+        f"model.layers.{number}: {word} of the experts is adapted twice."
+        for number, word in singles
+        if (number, word) in found
+    ]
     if problems:
         raise ConvertError(listed(problems))
-    found |= {name: _stack(given, experts) for name, given in singles.items()}
+    found |= {place: _stack(given, experts) for place, given in singles.items()}
     return found, rest
-
-
-def _name(layer: str, word: str) -> str:
-    return f"blk.{layer}.ffn_{word}_exps"
 
 
 def _stack(given: Mapping[int, AdapterLayer], experts: int) -> AdapterLayer:
@@ -110,34 +126,31 @@ def _stack(given: Mapping[int, AdapterLayer], experts: int) -> AdapterLayer:
     return AdapterLayer(torch.stack(As), torch.stack([B.to(wide) for B in Bs]), scale * rank)
 
 
-def fused(parts: Mapping[str, Mapping[str, Tensor]], alpha: float) -> dict[str, AdapterLayer]:
-    """The layers by the paths of transformers' parameters. parts: a and b by llama.cpp's names; alpha: 0 is scale 1.
+def router(module: str, layer: AdapterLayer) -> tuple[str, AdapterLayer]:
+    """A layer at a router's module, as transformers has it: the module's parameter, by its path. Others as they are."""
+    match = re.fullmatch(r"(model\.layers\.\d+\.)(?:mlp|block_sparse_moe)\.gate", module)
+    if match is None:
+        return module, layer
+    key = f"{match[1]}mlp.gate"
+    path = f"{key}.weight"
+    return path, layer._replace(bare=Bare(path, key, key, 1, layer.r, layer.alpha, (path,)))
 
-    Raises ConvertError where a part has only one of a and b.
-    """
-    by_layer: dict[str, dict[str, AdapterLayer]] = {}
-    for name, part in parts.items():
-        match = NAME.fullmatch(name)
-        assert match is not None
-        if len(part) != 2:
-            raise ConvertError(f"{name} has only one of lora_a and lora_b.")
-        r = part["a"].shape[1]
-        by_layer.setdefault(match[1], {})[match[2]] = AdapterLayer(
-            part["a"], part["b"], alpha or float(r)
-        )
+
+def fused(layers: Mapping[Place, AdapterLayer]) -> dict[str, AdapterLayer]:
+    """The layers by the paths of transformers' parameters; given with A (expert, r, in) and B (expert, out, r)."""
+    by_number: dict[str, dict[str, AdapterLayer]] = {}
+    for (number, word), layer in layers.items():
+        by_number.setdefault(number, {})[word] = layer
     found = {}
-    for number, given in by_layer.items():
+    for number, given in by_number.items():
         module = f"model.layers.{number}.mlp.experts"
-        wide = _gate_up(given)
         # the parameters of one module are nested in its own order, the last one outermost
         inner = f"{module}.base_layer" if "down" in given else module
-        for name, key, layer in (
-            ("gate_up_proj", inner, wide),
-            ("down_proj", module, given.get("down")),
-        ):
-            if layer is not None:
+        parts = (("gate_up_proj", inner, _gate_up(given)), ("down_proj", module, given.get("down")))
+        for name, key, part in parts:
+            if part is not None:
                 path = f"{module}.{name}"
-                found[path] = _saved(layer, path, module, key)
+                found[path] = _saved(part, path, module, key)
     return found
 
 
@@ -151,12 +164,13 @@ def _gate_up(given: Mapping[str, AdapterLayer]) -> AdapterLayer | None:
         zero = torch.zeros_like(one.B)
         return one._replace(B=torch.cat([one.B, zero] if gate else [zero, one.B], dim=1))
     scales = [layer.alpha / layer.A.shape[1] for layer in (gate, up)]
-    Bs = [gate.B, folded(up.B, scales[1] / scales[0])]
+    scale = scales[0] or 1.0
+    Bs = [folded(layer.B, s / scale) for layer, s in zip((gate, up), scales, strict=True)]
     if torch.equal(gate.A, up.A):
-        return AdapterLayer(gate.A, torch.cat(Bs, dim=1), gate.alpha)
+        return AdapterLayer(gate.A, torch.cat(Bs, dim=1), scale * gate.A.shape[1])
     A, B = fused_factors([gate.A.unbind(), up.A.unbind()], [B.unbind() for B in Bs])
     A, B = EXPERTS.A_matrix(A, len(gate.A)), EXPERTS.B_matrix(B, len(gate.A))
-    return AdapterLayer(A, B, scales[0] * A.shape[1])
+    return AdapterLayer(A, B, scale * A.shape[1])
 
 
 def _saved(layer: AdapterLayer, path: str, module: str, key: str) -> AdapterLayer:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank.adapter_file import Adapter
-from lowrank.adapter_layers import AdapterLayer, read_layers
-from lowrank.bare_parameters import Bare, bare_parameters
+from lowrank.adapter_layers import AdapterLayer
 from lowrank.errors import AdapterFileError, ConvertError, MissingExtraError, listed
 from lowrank.files import folder_for, replacing
 from lowrank.formats import experts
@@ -26,6 +25,7 @@ from lowrank.formats.layers import Options, as_adapter, folded, most_common, sho
 HOLDS = frozenset({"embeddings", "experts"})
 DTYPES = {"f32": torch.float32, "f16": torch.float16}
 _EMBEDDINGS = ("model.embed_tokens", "transformer.wte")
+_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps")
 _NEEDS_HEADS = "how many heads there are, by which q_proj's and k_proj's rows are ordered"
 
 
@@ -49,12 +49,14 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
     layers_there = [int(n) for n in re.findall(r"\bblk\.(\d+)\.", " ".join(tensors))]
     names = {n: p for p, n in _names(row, max(layers_there, default=0) + 1).items()}
     parts: dict[str, dict[str, Tensor]] = {}
-    stacked: dict[str, dict[str, Tensor]] = {}
+    stacked: dict[experts.Place, dict[str, Tensor]] = {}
     lost = []
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.weight\.lora_([ab])", key)
-        if match and experts.NAME.fullmatch(match[1]) and tensor.data.ndim == 3:
-            stacked.setdefault(match[1], {})[match[2]] = _tensor(gguf, tensor)
+        of_experts = match and _EXPERTS.fullmatch(match[1])
+        if match and of_experts and tensor.data.ndim == 3:
+            place = of_experts[1], of_experts[2]
+            stacked.setdefault(place, {})[match[2]] = _tensor(gguf, tensor)
         elif match is None or match[1] not in names:
             lost.append(key)
         else:
@@ -64,20 +66,23 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
     if not heads and row.rotary and {"q_proj", "k_proj"} & set(map(_last, parts)):
         heads = _heads(row, read_config(options.base, _NEEDS_HEADS))
     alpha, layers = float(said.get("adapter.lora.alpha", 0.0)), {}
+    named = parts | {" ".join(place): part for place, part in stacked.items()}
+    halves = [name for name, part in named.items() if len(part) != 2]
+    if halves:
+        raise ConvertError(f"{path}: {shown(halves)} has only one of lora_a and lora_b.")
     for module, part in parts.items():
-        if len(part) != 2:
-            raise ConvertError(f"{path}: {module} has only one of lora_a and lora_b.")
         embedding = module in _EMBEDDINGS
         A, B = (part["a"].T.contiguous() if embedding else part["a"]), part["b"]
         B = _pairs_apart(B, heads.get(_last(module), 0))
         layer = AdapterLayer(A, B, alpha or float(len(A)), embedding=embedding)
-        if row.experts and module.endswith(".mlp.gate"):  # a parameter of its own, and no Linear
-            weight = f"{module}.weight"
-            bare = Bare(weight, module, module, 1, layer.r, layer.alpha, (weight,))
-            layers[weight] = layer._replace(bare=bare)
-        else:
-            layers[module] = layer
-    layers |= experts.fused(stacked, alpha)
+        where, layer = experts.router(module, layer)
+        layers[where] = layer
+    layers |= experts.fused(
+        {
+            place: AdapterLayer(part["a"], part["b"], alpha or float(part["a"].shape[1]))
+            for place, part in stacked.items()
+        }
+    )
     adapter = as_adapter(
         layers,
         f"gguf: {path.name}",
@@ -97,14 +102,11 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
     row = ARCHITECTURES.get(config.get("model_type", ""))
     if row is None:
         raise ConvertError(_known(f"model_type {config.get('model_type')!r}"))
-    (bare,), problems = bare_parameters([adapter], experts.shapes(config))
-    layers, _, wrong = read_layers(adapter, bare)
-    if problems or wrong:
-        raise ConvertError(listed([*problems, *wrong]))
-    found, layers = experts.stacked(layers, experts.count(config)) if row.experts else ({}, layers)
-    layers = {_module(path, layer): layer for path, layer in layers.items()}
+    stacked, layers = experts.read_adapted(adapter, config)
+    found = {f"blk.{n}.ffn_{word}_exps": layer for (n, word), layer in stacked.items()}
     count = max((int(n) for path in layers for n in re.findall(r"\.(\d+)\.", path)), default=0) + 1
     names = _names(row, count) | {name: name for name in found}
+    problems = []
     foreign = [module for module in layers if module not in names]
     if foreign:
         problems.append(f"llama.cpp's {row.gguf} has no weight for {shown(foreign)}.")
@@ -172,12 +174,6 @@ def _pairs_together(B: Tensor, heads: int) -> Tensor:
 def _pairs_apart(B: Tensor, heads: int) -> Tensor:
     """B (out, r) in transformers' order again."""
     return B.reshape(heads, -1, 2, B.shape[1]).transpose(1, 2).reshape(B.shape) if heads else B
-
-
-def _module(path: str, layer: AdapterLayer) -> str:
-    """A router's weight, which transformers holds as a parameter, by its module; all others as they are."""
-    alone = layer.bare is not None and layer.experts == 1
-    return path.removesuffix(".weight") if alone else path
 
 
 def _last(module: str) -> str:

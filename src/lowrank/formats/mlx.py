@@ -2,7 +2,8 @@
 
 y + scale·(x @ lora_a) @ lora_b with lora_a (in, r), lora_b (r, out), and one rank and scale for all
 layers: smaller ranks are filled up with zeros, other scalings multiplied into lora_b, both exactly.
-DoRA's m is PEFT's magnitude; an embedding's is not (one for each token), and is refused.
+DoRA's m is PEFT's magnitude; an embedding's is not (one for each token), and is refused. All experts of a layer are
+one module, lora_a (expert, r, in) and lora_b (expert, out, r), which has no DoRA.
 """
 
 import json
@@ -20,13 +21,19 @@ from lowrank.adapter_layers import AdapterLayer, read_layers
 from lowrank.config import CONFIG_NAME, LoraConfig
 from lowrank.errors import AdapterFileError, ConvertError, listed
 from lowrank.files import folder_for, replacing
+from lowrank.formats import experts
 from lowrank.formats.base_model import is_tied, read_config
 from lowrank.formats.layers import Options, as_adapter, folded, most_common, shown, unknown
 
 WEIGHTS = "adapters.safetensors"
-HOLDS = frozenset({"dora", "embeddings"})
-# where MLX's models call their modules as transformers' do; its experts are stacked into one module
+HOLDS = frozenset({"dora", "embeddings", "experts"})
+# where MLX's models call their modules as transformers' do; its experts are stacked into one module, switch_mlp
 _PATH = re.compile(r"model\.layers\.\d+\.(?!.*\bexperts\b)(.+)|(model\.embed_tokens|lm_head)")
+
+
+_EXPERTS = re.compile(
+    r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.switch_mlp\.(gate|up|down)_proj"
+)
 
 
 def read(path: Path, options: Options) -> dict[str, Adapter]:
@@ -40,24 +47,37 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
         raise AdapterFileError(f"{path / CONFIG_NAME} has no lora_parameters with a scale.")
     tensors, _ = load_tensors(path / WEIGHTS)
     parts: dict[str, dict[str, Tensor]] = {}
+    stacked: dict[experts.Place, dict[str, Tensor]] = {}
     lost = []
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.(lora_a|lora_b|m)", key)
-        stacked = tensor.ndim != (1 if match and match[2] == "m" else 2)
-        if match is None or stacked or not _PATH.fullmatch(match[1]):
+        dims = 1 if match and match[2] == "m" else 2
+        if match and tensor.ndim == 3 and (place := _EXPERTS.fullmatch(match[1])):
+            stacked.setdefault((place[1], place[2]), {})[match[2]] = tensor
+        elif match is None or tensor.ndim != dims or not _PATH.fullmatch(match[1]):
             lost.append(key)
         else:
             parts.setdefault(match[1], {})[match[2]] = tensor
     unknown(lost, str(path), options)
+    named = parts | {" ".join(place): part for place, part in stacked.items()}
+    halves = [name for name, part in named.items() if not {"lora_a", "lora_b"} <= part.keys()]
+    if halves:
+        raise ConvertError(f"{path}: {shown(halves)} has only one of lora_a and lora_b.")
     layers = {}
     for module, part in parts.items():
-        if "lora_a" not in part or "lora_b" not in part:
-            raise ConvertError(f"{path}: {module} has only one of lora_a and lora_b.")
         A, B = part["lora_a"].T.contiguous(), part["lora_b"].T.contiguous()
         if kind == "dora" and "m" not in part:
             raise ConvertError(f"{path}: {module} has no m, though fine_tune_type is 'dora'.")
         embedding = module.endswith("embed_tokens")
-        layers[module] = AdapterLayer(A, B, scale * len(A), part.get("m"), embedding=embedding)
+        layer = AdapterLayer(A, B, scale * len(A), part.get("m"), embedding=embedding)
+        where, layer = experts.router(module, layer)
+        layers[where] = layer
+    layers |= experts.fused(
+        {
+            place: AdapterLayer(part["lora_a"], part["lora_b"], scale * part["lora_a"].shape[1])
+            for place, part in stacked.items()
+        }
+    )
     _check_embeddings(layers, options.base or config.get("model"))
     adapter = as_adapter(
         layers,
@@ -71,7 +91,7 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
 
 def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list[Path]:
     (adapter,) = adapters.values()
-    config, layers = adapter.config, read_layers(adapter).layers
+    config, layers = adapter.config, _layers(adapter)
     foreign = [module for module in layers if not _PATH.fullmatch(module)]
     if foreign:
         raise ConvertError(
@@ -79,15 +99,19 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
             f"{len(foreign)} modules: {shown(foreign)}."
         )
     _check_embeddings(layers, config.base_model_name_or_path)
-    rank = max(layer.r for layer in layers.values())
-    scale = most_common(layer.scaling for layer in layers.values())
+    # of experts A is (expert, r, in)
+    ranks = {module: layer.A.shape[-2] for module, layer in layers.items()}
+    scalings = {module: layer.alpha / ranks[module] for module, layer in layers.items()}
+    rank, scale = max(ranks.values()), most_common(scalings.values())
     tensors = {}
     for module, layer in layers.items():
         # where the common scale is 0 every layer's may not be: then the factors carry it
-        b = folded(layer.B, layer.scaling / scale if scale else layer.scaling)
-        missing = rank - layer.r
-        tensors[f"{module}.lora_a"] = _real(pad(layer.A.T, (0, missing)))
-        tensors[f"{module}.lora_b"] = _real(pad(b.T, (0, 0, 0, missing)))
+        b = folded(layer.B, scalings[module] / scale if scale else scalings[module])
+        missing = rank - ranks[module]
+        A, B = pad(layer.A, (0, 0, 0, missing)), pad(b, (0, missing))
+        single = A.ndim == 2
+        tensors[f"{module}.lora_a"] = _real(A.T.contiguous() if single else A)
+        tensors[f"{module}.lora_b"] = _real(B.T.contiguous() if single else B)
         if layer.magnitude is not None:
             tensors[f"{module}.m"] = _real(layer.magnitude)
     keys = dict.fromkeys(m[1] or m[2] for module in layers if (m := _PATH.fullmatch(module)))
@@ -112,6 +136,26 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
         save_tensors(weights, tensors, {})
         text.write_text(json.dumps(said, indent=4) + "\n", encoding="utf-8")
     return [path / WEIGHTS, path / CONFIG_NAME]
+
+
+def _layers(adapter: Adapter) -> dict[str, AdapterLayer]:
+    """By MLX's paths; those of experts with A (expert, r, in) and B (expert, out, r)."""
+    layers, config = read_layers(adapter).layers, adapter.config
+    if not config.target_parameters and not any(".experts." in path for path in layers):
+        return layers
+    base = read_config(config.base_model_name_or_path, "how many experts there are")
+    stacked, layers = experts.read_adapted(adapter, base)
+    if stacked and config.use_dora:
+        raise ConvertError("MLX has no DoRA for experts; drop='dora' (--drop dora) leaves it out.")
+    block = "block_sparse_moe" if base.get("model_type") == "mixtral" else "mlp"
+    layers = {
+        re.sub(r"\.(mlp|block_sparse_moe)\.gate$", f".{block}.gate", path): layer
+        for path, layer in layers.items()
+    }
+    return layers | {
+        f"model.layers.{n}.{block}.switch_mlp.{word}_proj": layer
+        for (n, word), layer in stacked.items()
+    }
 
 
 def _config(path: Path) -> dict[str, Any]:
