@@ -841,3 +841,17 @@ def test_a_configuration_made_for_a_format_is_an_ordinary_one(tmp_path):
     assert isinstance(adapter.config, LoraConfig)
     assert (adapter.config.r, adapter.config.lora_alpha) == (4, 6)
     assert adapter.metadata["converted_from"] == "mlx: mlx"
+
+
+def test_gguf_holds_the_invocation_tokens_of_an_activated_lora(tmp_path):
+    base = base_folder(tmp_path / "base")
+    source = written(tmp_path / "in", LLAMA, alora_invocation_tokens=[5, 70000])
+    result = convert(source, tmp_path / "a.gguf", "gguf", base=base)
+    field = gguf.GGUFReader(tmp_path / "a.gguf").get_field("adapter.alora.invocation_tokens")
+    assert field.contents() == [5, 70000]
+    assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
+    assert any("one token before" in note for note in result.notes)
+    convert(tmp_path / "a.gguf", tmp_path / "out", "peft")
+    assert read_adapter(tmp_path / "out").config.alora_invocation_tokens == [5, 70000]
+    with pytest.raises(ConvertError, match=r"alora_invocation_tokens=.*mlx"):
+        convert(source, tmp_path / "mlx", "mlx")

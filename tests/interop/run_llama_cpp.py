@@ -22,24 +22,38 @@ def logits(model, adapter, ids):
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
     context = llama_cpp.llama_init_from_model(model, params)
     assert context, "no context"
-    if adapter:
+    # an activated adapter starts where its tokens occur last; the tokens before are the base's
+    start = invocation(adapter, ids) if adapter else len(ids)
+    found = [decoded(context, model, ids, 0, start)] if start else []
+    if start < len(ids):
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
         scales = (ctypes.c_float * 1)(1.0)
         assert llama_cpp.llama_set_adapters_lora(context, adapters, 1, scales) == 0
-    batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
-    batch.n_tokens = len(ids)
-    for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
+        found.append(decoded(context, model, ids, start, len(ids)))
+    llama_cpp.llama_free(context)
+    return np.concatenate(found)
+
+
+def invocation(adapter, ids):
+    """The first position that the adapter acts at."""
+    n = llama_cpp.llama_adapter_get_alora_n_invocation_tokens(adapter)
+    if not n:
+        return 0
+    tokens = llama_cpp.llama_adapter_get_alora_invocation_tokens(adapter)[:n]
+    return max((i for i in range(len(ids)) if ids[i : i + n] == list(tokens)), default=len(ids))
+
+
+def decoded(context, model, ids, start, end):
+    batch = llama_cpp.llama_batch_init(end - start, 0, 1)
+    batch.n_tokens = end - start
+    for i, token in enumerate(ids[start:end]):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
         batch.seq_id[i][0], batch.logits[i] = 0, 1
     assert llama_cpp.llama_decode(context, batch) == 0
     n = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    rows = [
-        np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (n,))
-        for i in range(len(ids))
-    ]
-    found = np.stack(rows)
+    rows = [llama_cpp.llama_get_logits_ith(context, i) for i in range(end - start)]
+    found = np.stack([np.ctypeslib.as_array(row, (n,)) for row in rows])  # its memory: a copy
     llama_cpp.llama_batch_free(batch)
-    llama_cpp.llama_free(context)
     return found
 
 

@@ -22,6 +22,7 @@ CASES = {
     "rslora": ("llama", {"use_rslora": True}),
     "pissa": ("llama", {"init_lora_weights": "pissa"}),
     "alpha 0": ("llama", {"lora_alpha": 0}),
+    "activated": ("llama", {"alora_invocation_tokens": [7]}),
     "embeddings": ("llama", {"target_modules": ENDS}),
     "f16": ("llama", {"dtype": "f16"}),
 }

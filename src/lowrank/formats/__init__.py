@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from lowrank.adapter_file import WEIGHTS_NAME, Adapter
 from lowrank.config import CONFIG_NAME, LoraConfig
 from lowrank.errors import ConvertError, did_you_mean, listed
-from lowrank.formats import diffusers, kohya, mlx, peft
+from lowrank.formats import diffusers, mlx, peft
 from lowrank.formats.layers import KINDS, Options, check_holds, without
 from lowrank.start_factors import as_plain_lora, start_problems
 
@@ -105,7 +105,7 @@ def convert(
     if to != "peft":  # only there does a start have its file (PiSSA, OLoRA, …)
         adapters = {name: as_plain_lora(adapter) for name, adapter in adapters.items()}
     files = _module(to).write(out, adapters, options)
-    notes = kohya.notes(adapters) if to == "kohya" else []
+    notes = _module(to).notes(adapters) if hasattr(_module(to), "notes") else []
     return Converted(format, adapters, files, dropped, notes)
 
 

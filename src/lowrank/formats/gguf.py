@@ -22,10 +22,11 @@ from lowrank.formats import experts
 from lowrank.formats.base_model import ARCHITECTURES, Architecture, is_tied, read_config
 from lowrank.formats.layers import Options, as_adapter, folded, most_common, shown, unknown
 
-HOLDS = frozenset({"embeddings", "experts"})
+HOLDS = frozenset({"embeddings", "target_parameters", "alora_invocation_tokens"})
 DTYPES = {"f32": torch.float32, "f16": torch.float16}
 _EMBEDDINGS = ("model.embed_tokens", "transformer.wte")
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps")
+_INVOCATION = "adapter.alora.invocation_tokens"
 _NEEDS_HEADS = "how many heads there are, by which q_proj's and k_proj's rows are ordered"
 
 
@@ -38,8 +39,6 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
     )
     if kind != "adapter" or inner != "lora":
         raise ConvertError(f"{path} is no LoRA: general.type is {kind!r}, adapter.type {inner!r}.")
-    if said.get("adapter.alora.invocation_tokens") is not None:
-        raise ConvertError(f"{path} is an activated LoRA (adapter.alora.invocation_tokens).")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     moe = any("_exps." in key or "ffn_gate_inp." in key for key in tensors)
     rows = [row for row in ARCHITECTURES.values() if row.gguf == name]
@@ -87,6 +86,7 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
         layers,
         f"gguf: {path.name}",
         fan_in_fan_out=row.transposed,
+        alora_invocation_tokens=list(map(int, said.get(_INVOCATION, ()))) or None,
         task_type="CAUSAL_LM",
     )
     return {"": adapter}
@@ -139,6 +139,9 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        if adapter.config.alora_invocation_tokens:
+            tokens, kind = adapter.config.alora_invocation_tokens, gguf.GGUFValueType
+            writer.add_key_value(_INVOCATION, tokens, kind.ARRAY, kind.UINT32)
         if heads:  # so that the file can be read back without the base
             writer.add_head_count(heads["q_proj"])
             writer.add_head_count_kv(heads["k_proj"])
@@ -157,6 +160,16 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
                 f"{path} does not hold what was written to it. Is the disk full?"
             )
     return [path]
+
+
+def notes(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Where programs that read these files differ from what the file says, for these adapters."""
+    if not any(adapter.config.alora_invocation_tokens for adapter in adapters.values()):
+        return []
+    return [
+        "Of llama.cpp's programs the server alone looks for the invocation tokens, and it begins one token before "
+        "them; the others apply the adapter to all tokens."
+    ]
 
 
 def _heads(row: Architecture, said: Mapping[str, Any]) -> dict[str, int]:

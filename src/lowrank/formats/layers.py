@@ -172,7 +172,7 @@ def without(adapter: Adapter, drop: frozenset[str]) -> tuple[Adapter, dict[str, 
 def check_holds(adapter: Adapter, format: str, kinds: frozenset[str], any_config: bool) -> None:
     """Raises ConvertError, with every tensor and field concerned, unless the format can hold the adapter.
 
-    kinds: those of KINDS that it has a place for, and "experts" if target_parameters can be. any_config: it carries PEFT's configuration itself.
+    kinds: those of KINDS that it has a place for, and fields that it can say. any_config: it carries PEFT's configuration itself.
     """
     problems = []
     for kind, keys in _by_kind(adapter).items():
@@ -187,8 +187,7 @@ def check_holds(adapter: Adapter, format: str, kinds: frozenset[str], any_config
         problems += [
             f"{name}={getattr(config, name)!r} cannot be said in {format}."
             for name, plain in _MEANING.items()
-            if name != "target_parameters" or "experts" not in kinds
-            if getattr(config, name) not in (plain, [], {})
+            if name not in kinds and getattr(config, name) not in (plain, [], {})
         ]
     if not config.target_parameters:  # whose factors are stacked, and are no layers
         layers, _, wrong = read_layers(adapter)

@@ -26,7 +26,7 @@ from lowrank.formats.base_model import is_tied, read_config
 from lowrank.formats.layers import Options, as_adapter, folded, most_common, shown, unknown
 
 WEIGHTS = "adapters.safetensors"
-HOLDS = frozenset({"dora", "embeddings", "experts"})
+HOLDS = frozenset({"dora", "embeddings", "target_parameters"})
 # where MLX's models call their modules as transformers' do; its experts are stacked into one module, switch_mlp
 _PATH = re.compile(r"model\.layers\.\d+\.(?!.*\bexperts\b)(.+)|(model\.embed_tokens|lm_head)")
 
