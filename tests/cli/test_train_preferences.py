@@ -86,4 +86,4 @@ def test_a_setting_of_another_task_is_an_error(model, tmp_path, capsys):
     assert main([*words, "--beta", "2"]) == 2
     assert "train.beta is a setting of dpo and kto and grpo" in capsys.readouterr().err
     assert main([*words, "--task", "grpo"]) == 2
-    assert "trains on answers" in capsys.readouterr().err
+    assert "trains on prompts" in capsys.readouterr().err

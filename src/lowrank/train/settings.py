@@ -135,7 +135,7 @@ class TrainSettings:
         bool | None, "save the best state, not the last; null: with early stopping"
     ] = None
     metric_for_best_model: Annotated[
-        str | None, "loss, or one of the task's metrics; null: loss on data.eval"
+        str | None, "loss, or one of the task's metrics; null: loss on data.eval, or reward"
     ] = None
     report_to: Annotated[
         list[str] | str | None,

@@ -20,7 +20,7 @@ from lowrank.train.data.shapes import (
     missing,
     shape_of,
 )
-from lowrank.train.data.task_shapes import Labelled, Question, Related, Tagged, shapes_for
+from lowrank.train.data.task_shapes import Asked, Labelled, Question, Related, Tagged, shapes_for
 from lowrank.train.tasks.table import TASKS, Task
 
 
@@ -65,6 +65,7 @@ def rows_of(task: Task, data: ReadData) -> list[Any]:
 # what rows of each type hold
 PURPOSES: dict[type, str] = {
     Row: "answers",
+    Asked: "prompts",
     Preference: "pairs of a better and a worse answer",
     Judged: "answers that are judged good or bad",
     Labelled: "labelled texts",

@@ -79,7 +79,7 @@ def _alpaca(columns: dict[str, Any], where: str) -> Row:
 def _prompt_completion(columns: dict[str, Any], where: str) -> Row:
     prompt, completion = columns["prompt"], columns["completion"]
     if not isinstance(completion, list):
-        return Row(_prompt(columns), text_of(columns, "completion", filled=True), where)
+        return Row(prompt_in(columns), text_of(columns, "completion", filled=True), where)
     if not isinstance(prompt, list):
         raise BadRow(f"`completion` is a list of messages, and `prompt` is {kind_of(prompt)}")
     turns = messages_of(completion, "completion")
@@ -118,7 +118,7 @@ def _text_label(columns: dict[str, Any], where: str) -> Row:
 
 
 def _preference(columns: dict[str, Any], where: str) -> Preference:
-    return _pair(_prompt(columns), columns, where)
+    return _pair(prompt_in(columns), columns, where)
 
 
 def _sharegpt_preference(columns: dict[str, Any], where: str) -> Preference:
@@ -283,7 +283,7 @@ def _names(columns: Iterable[str]) -> str:
 # --- parts of a row ---------------------------------------------------------------------------------
 
 
-def _prompt(columns: Mapping[str, Any]) -> Prompt:
+def prompt_in(columns: Mapping[str, Any]) -> Prompt:
     prompt = columns["prompt"]
     return (
         messages_of(prompt, "prompt")

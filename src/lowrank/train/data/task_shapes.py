@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lowrank.train.data.conversations import checked_text, messages_of, text_of
+from lowrank.train.data.conversations import checked_text, messages_of, text_of, tools_of
 from lowrank.train.data.problems import BadRow, kind_of
-from lowrank.train.data.shapes import SHAPES, Shape, answers_of
+from lowrank.train.data.shapes import SHAPES, Row, Shape, answers_of, prompt_in
 
 Label = str | float | list[str]
 
@@ -44,6 +44,12 @@ class Related(NamedTuple):
     where: str
     negative: str | None = None
     score: float | None = None
+
+
+class Asked(Row):
+    """A prompt; its answer is empty where there is none."""
+
+    __slots__ = ()
 
 
 # --- labels -----------------------------------------------------------------------------------------
@@ -156,6 +162,22 @@ def _scored(columns: dict[str, Any], where: str) -> Related:
     return Related(first, second, where, score=score)
 
 
+# --- prompts ----------------------------------------------------------------------------------------
+
+
+def _prompt_alone(columns: dict[str, Any], where: str) -> Asked:
+    return Asked(prompt_in(columns), "", where, None, tools_of(columns))
+
+
+def _asked(shape: Shape) -> Shape:
+    """`shape`, of answered prompts, whose rows go for prompts too; any other as it is."""
+    if shape.gives is not Row:
+        return shape
+    return shape._replace(
+        read=lambda columns, where: Asked(*shape.read(columns, where)), gives=Asked
+    )
+
+
 def _table(gives: type, *shapes: Shape) -> dict[type, dict[str, Shape]]:
     return {gives: {shape.name: shape._replace(gives=gives) for shape in shapes}}
 
@@ -175,6 +197,10 @@ TASK_SHAPES: dict[type, dict[str, Shape]] = {
         Shape("pair", ("anchor", "positive"), _pair, ("negative",)),
         Shape("scored-pair", ("sentence1", "sentence2", "score"), _scored),
     ),
+    Asked: {
+        **{name: _asked(shape) for name, shape in SHAPES.items()},
+        "prompt": Shape("prompt", ("prompt",), _prompt_alone, ("tools",), Asked),
+    },
 }
 SHAPE_NAMES = tuple(dict.fromkeys([*SHAPES, *(n for table in TASK_SHAPES.values() for n in table)]))
 

@@ -20,18 +20,24 @@ def keeps_best(settings: TrainSettings) -> bool:
     return settings.load_best_model_at_end
 
 
+def metric_of(settings: TrainSettings) -> str:
+    """What tells the best state, by its name in METRICS; GRPO's loss says nothing of how good a model is."""
+    return settings.metric_for_best_model or ("reward" if settings.task == "grpo" else "loss")
+
+
 def check_best(
     settings: TrainSettings, evaluates: bool, scores: Mapping[str, float] | None = None
 ) -> None:
     """Raises BestError for what cannot be had. scores: of the task, once they are known."""
     problems = []
     wanted = settings.metric_for_best_model
+    decides = keeps_best(settings) or settings.early_stopping_patience is not None
     if not keeps_best(settings) and wanted is not None:
         problems.append(
             "train.metric_for_best_model: nothing looks at it. Set train.load_best_model_at_end true, or "
             "train.early_stopping_patience."
         )
-    if keeps_best(settings) or settings.early_stopping_patience is not None:
+    if decides:
         if not evaluates:
             problems.append(
                 "the best checkpoint is told by evaluations: give data.eval or data.eval_split"
@@ -41,8 +47,12 @@ def check_best(
                 f"train.save_steps is {settings.save_steps} and train.eval_steps {settings.eval_steps or 'null'}: what "
                 "is the best has to be saved where it is measured. Set both alike, or leave save_steps out."
             )
-    known = set(METRICS) if scores is None else {"loss", *scores}
-    if wanted is not None and wanted not in known:
+    known = set(METRICS) if scores is None else {*scores}
+    if settings.task != "grpo":
+        known.add("loss")
+    if decides and not known:
+        problems.append("nothing is measured by which to tell the best: raise eval.generate")
+    elif wanted is not None and wanted not in known:
         problems.append(
             f"train.metric_for_best_model {wanted} is none of {', '.join(sorted(known))}, which are measured here."
             f"{did_you_mean(wanted, known)}"
@@ -55,7 +65,7 @@ def arguments_for_best(settings: TrainSettings) -> dict[str, Any]:
     """Of TrainingArguments."""
     if not keeps_best(settings) and settings.early_stopping_patience is None:
         return {}
-    metric = settings.metric_for_best_model or "loss"
+    metric = metric_of(settings)
     saved = "epoch" if settings.eval_steps is None else "steps"
     return {
         "load_best_model_at_end": keeps_best(settings),

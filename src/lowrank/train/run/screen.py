@@ -64,7 +64,7 @@ class Screen(TrainerCallback):
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.4f}"
         line = self._line(state, logs)
-        if line and self.bar is not None and "eval_loss" in logs:
+        if line and self.bar is not None and "loss" not in logs:
             self.bar.write(line, file=self.stream)
         elif line and self.bar is None:
             print(line, file=self.stream, flush=True)
@@ -79,12 +79,12 @@ class Screen(TrainerCallback):
             more = [f"{word} {logs[name]:.3f}" for name, word in SHOWN.items() if name in logs]
             pace = self._pace(state, "tokens/s")
             return "  ".join([where, self.loss, *more, f"lr {logs['learning_rate']:.2e}", *pace])
-        if "eval_loss" in logs:
-            scores = {name: logs[f"eval_{name}"] for name in METRICS if f"eval_{name}" in logs}
-            scores.pop("loss", None)
-            more = [f"{METRICS[n].title} {v:{METRICS[n].format}}" for n, v in scores.items()]
-            return "  ".join([where, f"eval loss {logs['eval_loss']:.4f}", *more])
-        return ""
+        scores = {name: logs[f"eval_{name}"] for name in METRICS if f"eval_{name}" in logs}
+        if not scores:
+            return ""
+        loss = [f"eval loss {scores.pop('loss'):.4f}"] if "loss" in scores else ["eval"]
+        more = [f"{METRICS[n].title} {v:{METRICS[n].format}}" for n, v in scores.items()]
+        return "  ".join([where, *loss, *more])
 
     def _pace(self, state, unit: str) -> list[str]:
         """Tokens a second, peak memory, time left; nothing of what is not known yet."""

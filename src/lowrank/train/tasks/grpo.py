@@ -18,7 +18,7 @@ from lowrank.train.evaluate import Answer, Evaluation, answer_rows, asked_text
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
 from lowrank.train.tasks.on_trl import LOSSES, beta_of, check_settings, train_on_trl
-from lowrank.train.tasks.rewards import reward_functions, total
+from lowrank.train.tasks.rewards import cannot_do_without, reward_functions, total
 
 GENERATIONS = 8  # for each prompt, without train.num_generations
 LONGEST = 256  # tokens of an answer, at most, without train.max_completion_length
@@ -28,7 +28,7 @@ LONGEST = 256  # tokens of an answer, at most, without train.max_completion_leng
 class Prompts:
     """Prompts to answer, as text, and the answers that reward functions may compare with."""
 
-    examples: list[dict[str, str]]  # {"prompt", "answer"}
+    examples: list[dict[str, str]]  # {"prompt", "answer"}; "prompt" alone where some have no answer
     rows: list[Row]
     ids: list[list[int]]  # of the prompts
     tokens: int
@@ -82,8 +82,11 @@ def prepare(
             f"none of the {len(rows)} prompts leaves room for {answer_length} tokens of an answer within "
             f"{max_length}.\nLower train.max_completion_length or shorten the prompts."
         )
+    answered = check_answers([asked[i] for i in kept], settings)
     return Prompts(
-        examples=[{"prompt": texts[i], "answer": asked[i].answer} for i in kept],
+        examples=[
+            {"prompt": texts[i]} | ({"answer": asked[i].answer} if answered else {}) for i in kept
+        ],
         rows=[asked[i] for i in kept],
         ids=[ids[i] for i in kept],
         tokens=sum(len(ids[i]) for i in kept),
@@ -92,6 +95,20 @@ def prepare(
         max_length=max_length,
         max_completion_length=answer_length,
     )
+
+
+def check_answers(rows: Sequence[Row], settings: Sections) -> bool:
+    """Whether all rows have an answer. Raises DataError if not, and a reward function asks for one."""
+    without = [row for row in rows if not row.answer]
+    asking = [name for name in names_of(settings) if cannot_do_without(name, "answer")]
+    if without and asking:
+        raise DataError(
+            f"{len(without)} of {len(rows)} rows have no answer (the first: {without[0].where}), and "
+            f"{', '.join(asking)} of train.reward_functions compares with one.\n"
+            "Give the answers (completion), or rewards that need none: format:…, length:…, a function of "
+            "your own without `answer`."
+        )
+    return not without
 
 
 def _problems(settings: Sections, max_length: int, answer_length: int) -> list[str]:
@@ -119,8 +136,6 @@ def _problems(settings: Sections, max_length: int, answer_length: int) -> list[s
             f"train.max_completion_length {answer_length} leaves no room for a prompt: data.max_length "
             f"{max_length} is for both"
         )
-    if train.eval_steps is not None:
-        problems.append("train.eval_steps: grpo is evaluated before and after training")
     return problems
 
 
@@ -144,6 +159,7 @@ def train(
 ) -> Training:
     """Train what is trainable in `model`, in place, on answers that it samples itself.
 
+    Its evaluations have the scores of `measure` (of `options`), or else those of `score`, and no loss.
     Warns where no step had anything to learn from, since all answers to a prompt scored alike.
     """
     given = settings.train
@@ -155,13 +171,17 @@ def train(
         "temperature": given.temperature or 1.0,
         "reward_weights": given.reward_weights,
         "train_sampling_strategy": "random",  # TRL's own, in groups
+        "num_generations_eval": 1,
     }
+    if evaluation:
+        now = {"measure": lambda: score(model, tokenizer, evaluation, settings).scores}
+        options = now | options
     result = train_on_trl(
         "grpo",
         model,
         tokenizer,
         train,
-        None,
+        evaluation,
         output_dir,
         settings,
         arguments=arguments,
@@ -188,10 +208,8 @@ def score(model: nn.Module, tokenizer: Any, data: Prompts, settings: Sections) -
     weights = given.reward_weights or [1.0] * len(names)
     asked = data.rows[: settings.eval.generate]
     examples = data.examples[: len(asked)]
-    columns = {
-        "prompts": [e["prompt"] for e in examples],
-        "answer": [e["answer"] for e in examples],
-    }
+    named = {"prompt": "prompts"}
+    columns = {named.get(name, name): [e[name] for e in examples] for name in data.examples[0]}
 
     def rewarded(**sampling: Any) -> tuple[list[str], list[float]]:
         texts = answer_rows(

@@ -143,6 +143,8 @@ def trainer_on(task: str, prompt_ids: Callable[[list[str]], list[list[int]]] | N
     adapter as reference would take memory where switching it off does as well; a README.md for each
     checkpoint and a ping to the hub are not wanted. TRL has no options for these.
     """
+    from transformers.trainer_utils import EvalLoopOutput
+
     cls: Any = trl_class(task, 0)
 
     class OnTokens(cls):
@@ -161,6 +163,14 @@ def trainer_on(task: str, prompt_ids: Callable[[list[str]], list[list[int]]] | N
                 model.delete_adapter("ref")  # type: ignore[operator]
             if task != "grpo":
                 self.processing_class = None  # else it is written into every checkpoint
+
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            if task != "grpo":
+                return super().evaluation_loop(*args, **kwargs)
+            # what counts is `fit`'s measure; TRL would sample other answers, and has no loss that says much
+            self.model.eval()  # by which TRL tells its numbers of training from these
+            nothing: Any = None
+            return EvalLoopOutput(nothing, nothing, {}, num_samples=0)
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset

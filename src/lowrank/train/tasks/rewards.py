@@ -79,6 +79,12 @@ def find(name: str) -> Reward:
     raise RewardError(f"no reward {name!r}; there are {', '.join(KNOWN)}.{hint}")
 
 
+def cannot_do_without(name: str, column: str) -> bool:
+    """Whether the reward function behind `name` asks for a column of the rows."""
+    parameter = inspect.signature(find(name)).parameters.get(column)
+    return parameter is not None and parameter.default is parameter.empty
+
+
 def _from_file(path: Path, function: str) -> Reward:
     if not path.is_file():
         raise RewardError(f"reward {path}:{function}: there is no file {path}")

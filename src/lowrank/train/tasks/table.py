@@ -7,7 +7,7 @@ from typing import Any
 
 from lowrank.errors import did_you_mean
 from lowrank.train.data.shapes import Judged, Preference, Row
-from lowrank.train.data.task_shapes import Labelled, Question, Related, Tagged
+from lowrank.train.data.task_shapes import Asked, Labelled, Question, Related, Tagged
 
 
 @dataclass(frozen=True)
@@ -165,16 +165,13 @@ TASKS = {
             "grpo",
             "CAUSAL_LM",
             "sampled answers that reward functions score",
-            Row,
+            Asked,
             *functions("grpo"),
             says=False,
             unused=(
                 *OF_FINE_TUNING,
-                *("eval.max_new_tokens", "train.eval_steps", "train.group_by_length"),
-                # it is evaluated before and after, not while it trains
-                *("eval.during_training", "train.early_stopping_patience"),
-                *("train.early_stopping_threshold", "train.load_best_model_at_end"),
-                "train.metric_for_best_model",
+                *("eval.max_new_tokens", "train.group_by_length"),
+                "eval.during_training",  # it always is
             ),
         ),
     )
