@@ -165,7 +165,12 @@ def test_what_is_no_flux_is_refused(tmp_path):
 
     source = written(tmp_path / "in", DOUBLE | {"transformer_blocks.1.attn2.to_q": (D, D)})
     refused(source, r"transformer\.transformer_blocks\.1\.attn2\.to_q")
-    refused(written(tmp_path / "wide", {"transformer_blocks.0.attn.to_q": (9, D)}), "6 inputs")
+    refused(
+        written(tmp_path / "wide", {"transformer_blocks.0.attn.to_q": (9, D)}),
+        "Flux's B has 6 rows",
+    )
+    wide = {"transformer_blocks.0.ff.net.0.proj": (6 * D, D)}  # as in Flux 2
+    refused(written(tmp_path / "wide2", wide), r"mlp_0 .*has 24 rows")
     fields = {"auto_mapping": {"base_model_class": "SD3Transformer2DModel"}}
     refused(written(tmp_path / "sd3", DOUBLE, **fields), "not for SD3Transformer2DModel")
     (tmp_path / "pipe" / "transformer").mkdir(parents=True)

@@ -22,7 +22,7 @@ _MLP_RATIO = 4  # of every Flux: proj_mlp has four rows where to_q has one
 class _Place(NamedTuple):
     name: str  # Black Forest Labs', with underscores; {} for the number of the block
     modules: tuple[str, ...]  # diffusers' paths, in the order of their rows
-    rows: tuple[int, ...] = (1,)  # of each, as multiples of the layer's input
+    rows: tuple[int, ...] = ()  # of each, as multiples of the layer's input, where they are that
     swapped: bool = False  # scale and shift are the other way round
 
 
@@ -36,17 +36,17 @@ def _places() -> list[_Place]:
         *qkv, out = (f"{block}.attn.{name}" for name in attn)
         found += [
             _Place(f"{at}_attn_qkv", tuple(qkv), (1, 1, 1)),
-            _Place(f"{at}_attn_proj", (out,)),
-            _Place(f"{at}_mlp_0", (f"{block}.{ff}.net.0.proj",)),
+            _Place(f"{at}_attn_proj", (out,), (1,)),
+            _Place(f"{at}_mlp_0", (f"{block}.{ff}.net.0.proj",), (_MLP_RATIO,)),
             _Place(f"{at}_mlp_2", (f"{block}.{ff}.net.2",)),
-            _Place(f"{at}_mod_lin", (f"{block}.{norm}.linear",)),
+            _Place(f"{at}_mod_lin", (f"{block}.{norm}.linear",), (6,)),
         ]
     at, block = "single_blocks_{}", "single_transformer_blocks.{}"
     parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
     found += [
         _Place(f"{at}_linear1", tuple(f"{block}.{p}" for p in parts), (1, 1, 1, _MLP_RATIO)),
         _Place(f"{at}_linear2", (f"{block}.proj_out",)),
-        _Place(f"{at}_modulation_lin", (f"{block}.norm.linear",)),
+        _Place(f"{at}_modulation_lin", (f"{block}.norm.linear",), (3,)),
         _Place("img_in", ("x_embedder",)),
         _Place("txt_in", ("context_embedder",)),
         _Place("final_layer_linear", ("proj_out",)),
@@ -88,6 +88,8 @@ def named(layers: Mapping[str, AdapterLayer]) -> tuple[dict[str, AdapterLayer], 
     found = {}
     for name, given in parts.items():
         place = _PLACES[_numbered(name, r"(?<=blocks_)\d+")[0]]
+        for i, layer in given.items():
+            _check(f"{name} ({place.modules[i]})", layer, place.rows[i] if place.rows else 0)
         layer = given[0] if len(place.modules) == 1 else _fused(name, given, place)
         found[name] = _swapped(layer) if place.swapped else layer
     return found, foreign
@@ -100,9 +102,10 @@ def modules(name: str, layer: AdapterLayer) -> dict[str, AdapterLayer]:
     """
     template, number = _numbered(name, r"(?<=blocks_)\d+")
     place = _PLACES[template]
+    _check(name, layer, sum(place.rows))
     if place.swapped:
         layer = _swapped(layer)
-    parts = [layer] if len(place.modules) == 1 else _split(name, layer, place)
+    parts = [layer] if len(place.modules) == 1 else _split(layer, place)
     pairs = zip(place.modules, parts, strict=True)
     return {module.format(number): part for module, part in pairs if part is not None}
 
@@ -113,22 +116,28 @@ def _numbered(name: str, pattern: str) -> tuple[str, str]:
     return (name[: match.start()] + "{}" + name[match.end() :], match[0]) if match else (name, "")
 
 
+def _check(name: str, layer: AdapterLayer, rows: int) -> None:
+    """Raises ConvertError where a layer has other sizes than Flux's; rows: as a multiple of its input, 0 for any."""
+    wanted = rows * layer.A.shape[1]
+    if rows and (layer.A.ndim != 2 or layer.B.shape[0] != wanted):
+        raise ConvertError(
+            f"{name} has A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}; with so many inputs Flux's B has "
+            f"{wanted} rows."
+        )
+
+
 def _fused(name: str, given: Mapping[int, AdapterLayer], place: _Place) -> AdapterLayer:
-    width = next(iter(given.values())).A.shape[1]
+    widths = {layer.A.shape[1] for layer in given.values()}
+    if len(widths) > 1:
+        raise ConvertError(f"{name}: {', '.join(place.modules)} have different inputs: {widths}.")
+    (width,) = widths
     rows = [n * width for n in place.rows]
-    wrong = [
-        f"{place.modules[i]} has A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}"
-        for i, layer in given.items()
-        if layer.A.shape[1:] != (width,) or layer.B.shape[0] != rows[i]
-    ]
-    if wrong:
-        raise ConvertError(f"{name}: {'; '.join(wrong)}; Flux's have {width} inputs, {rows} rows.")
-    m = [given[i].magnitude for i in sorted(given)]
+    layers = [given[i] for i in sorted(given)]
+    m = [layer.magnitude for layer in layers]
     if any(part is not None for part in m) and (len(m) < len(rows) or any(p is None for p in m)):
         raise ConvertError(
             f"{name} holds {', '.join(place.modules)}: DoRA needs the magnitudes of all of them."
         )
-    layers = [given[i] for i in sorted(given)]
     scale = most_common(layer.scaling for layer in layers) or 1.0
     Bs = {i: folded(layer.B, layer.scaling / scale) for i, layer in given.items()}
     dtype = layers[0].B.dtype
@@ -145,12 +154,8 @@ def _fused(name: str, given: Mapping[int, AdapterLayer], place: _Place) -> Adapt
     return AdapterLayer(A, B.to(dtype), scale * len(A), magnitude)
 
 
-def _split(name: str, layer: AdapterLayer, place: _Place) -> list[AdapterLayer | None]:
+def _split(layer: AdapterLayer, place: _Place) -> list[AdapterLayer | None]:
     rows = [n * layer.A.shape[1] for n in place.rows]
-    if layer.A.ndim != 2 or layer.B.shape[0] != sum(rows):
-        raise ConvertError(
-            f"{name}: A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}; Flux's B has {sum(rows)} rows."
-        )
     nothing = [None] * len(rows)
     ms = nothing if layer.magnitude is None else layer.magnitude.split(rows)
     zero = not layer.B.any()  # an adapter that is not trained yet has its place all the same

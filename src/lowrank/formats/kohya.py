@@ -152,10 +152,9 @@ def write(path: Path, adapters: Mapping[str, Adapter], options: Options) -> list
         if component == "transformer":
             _known_as_flux(adapter)
             placed, foreign = flux.named(layers)
-            nameless += [f"{component}.{module}" for module in foreign]
         else:
             placed, foreign = _underscored(layers, _reader(prefix, component, options))
-            nameless += [f"{component}.{module}" for module in foreign]
+        nameless += [f"{component}.{module}" for module in foreign]
         for short, layer in placed.items():
             tensors |= _tensors(prefix + short, layer)
             sizes.add((layer.r, layer.alpha))
