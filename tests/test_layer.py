@@ -12,6 +12,7 @@ from models import AttentionNet, ConvNet, Net
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank import get_peft_model
 from lowrank.config import LoraConfig
 from lowrank.errors import AdapterNameError, MergeError
 from lowrank.inject import eject, inject
@@ -604,3 +605,28 @@ def test_autocast():
     assert (y - exact).norm() / exact.norm() < 0.03
     y.float().sum().backward()
     assert all(torch.isfinite(p.grad).all() for _, p in adapter_parameters(model))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_weight_that_is_in_8_bits_between_forwards(use_dora):
+    """diffusers' layerwise casting: the base layer is cast before its forward, and back after it."""
+    torch.manual_seed(0)
+    base = nn.Linear(7, 5, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+    base.register_forward_pre_hook(lambda module, args: module.to(torch.bfloat16) and None)
+    base.register_forward_hook(lambda module, args, y: module.to(torch.float8_e4m3fn) and None)
+    W, b = base.weight.double(), base.bias.double()
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=use_dora)
+    model = get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    assert {p.dtype for p in layer.adapter_parameters("default").values()} == {torch.float32}
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    lora = layer.lora("default")
+    V = W + 1.5 * lora.B.double() @ lora.A.double()
+    V = V / V.norm(dim=1, keepdim=True) * W.norm(dim=1, keepdim=True) if use_dora else V
+    x = torch.randn(3, 7, dtype=torch.bfloat16)
+    found = model(x)
+    torch.testing.assert_close(found.double(), x.double() @ V.T + b, atol=3e-2, rtol=2e-2)
+    assert base.weight.dtype == torch.float8_e4m3fn
+    model.merge_adapter()
+    torch.testing.assert_close(base.weight.double(), V, atol=1e-2, rtol=2**-3)

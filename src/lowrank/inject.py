@@ -108,9 +108,9 @@ def inject(
 
 
 def _dtype(dtype: torch.dtype, cast_to_float32: bool) -> torch.dtype | None:
-    """float32 beside a 16-bit weight, if so wished; None: the weight's own."""
+    """float32 beside a 16-bit weight, if so wished, and always beside an 8-bit one; None: the weight's own."""
     low = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if cast_to_float32 and low else None
+    return torch.float32 if (cast_to_float32 and low) or dtype.itemsize < 2 else None
 
 
 def check_name(model: nn.Module, name: str) -> None:

@@ -14,7 +14,7 @@ from lowrank.bases.kinds import Kind
 from lowrank.errors import MergeError, ShapeError
 from lowrank.init import Init
 from lowrank.layer_adapters import LayerAdapters
-from lowrank.lora import check_shapes, merged_bias, merged_weight, weight_change
+from lowrank.lora import all_finite, check_shapes, merged_bias, merged_weight, weight_change
 from lowrank.mixed_batch import mixed_forward, weights_for_all
 from lowrank.output_change import add_output_change, output_in_one, weights_with
 from lowrank.routing import Routing
@@ -234,7 +234,7 @@ class LoraLayer(LayerAdapters):
             weight = merged_weight(self.unmerged_weight(), *loras)
             new_bias = None if bias is None else merged_bias(bias, *loras)
             for tensor in (weight, new_bias):
-                if tensor is not None and not torch.isfinite(tensor).all():
+                if tensor is not None and not all_finite(tensor):
                     raise MergeError(
                         f"Merging {names} gives NaN or infinity in {tensor.dtype}; this layer is as it was."
                     )

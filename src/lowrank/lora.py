@@ -156,8 +156,8 @@ def _product(W: Tensor, A: Tensor) -> Tensor:
     two 16-bit matrices, and a second product with the first of them, which begins at minus the first
     product, leaves what the rounding took: 16 bits or more in all.
     """
-    if W.dtype == A.dtype:
-        return W @ A.mT
+    if W.dtype == A.dtype or W.dtype.itemsize < 2:  # nothing multiplies float8
+        return W.to(A.dtype) @ A.mT
     *expert, out, in_ = W.shape
     W, A = W.reshape(-1, out, in_), A.reshape(-1, A.shape[-2], in_)
     high = A.to(W.dtype)
@@ -188,6 +188,7 @@ def initial_magnitude(W: Tensor, lora: Lora) -> Tensor:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, in one pass: only a sum that is not finite has each looked at."""
+    tensor = tensor.float() if tensor.dtype.itemsize < 2 else tensor  # float8 has no sum
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 

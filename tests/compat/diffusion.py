@@ -171,8 +171,7 @@ def image(pipe, **more) -> torch.Tensor:
         height=16,
         width=16,
         generator=torch.Generator().manual_seed(7),
-        output_type="pt",
-        **more,
+        **{"output_type": "pt", **more},
     )
     return found.images
 

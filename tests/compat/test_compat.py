@@ -149,6 +149,8 @@ def test_a_method_that_we_do_not_have_says_so():
             placeholder(1, x=2)
     with pytest.raises(AttributeError, match=r"LoRA only.*asked for 'TEXT'"):
         absent.PromptTuningInit.TEXT  # noqa: B018
+    # which diffusers' layerwise casting reads
+    assert absent.LoHaLayer.adapter_layer_names == absent.LoKrLayer.adapter_layer_names == ()
 
     class OfAnotherLibrary(absent.PromptLearningConfig):
         pass

@@ -16,8 +16,10 @@ LIBRARIES = ("peft", "lowrank")
 AS_PEFT = """
 import os, runpy, sys
 import lowrank.compat
-lowrank.compat.install(override=True)
 sys.argv, sys.path[0] = sys.argv[1:], os.path.dirname(sys.argv[1])
+lowrank.compat.install(override=True)  # after that: it puts its folder first
+import peft
+assert peft.LoraConfig.__module__.startswith("lowrank"), peft.__file__
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -67,6 +69,30 @@ def test_diffusers_pipelines(kind: str, tmp_path: Path) -> None:
     alone = f"saved {'transformer' if kind == 'flux' else 'unet'} alone"
     torch.testing.assert_close(ours[alone], ours[f"{alone}, reloaded"], atol=2e-5, rtol=0)
     assert_distinct(ours, "base", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.interop
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_diffusers_hotswap_and_layerwise_casting(library: str, tmp_path: Path) -> None:
+    python(library, tmp_path, HERE / "swapping.py", tmp_path / library)
+    found = torch.load(tmp_path / library / "found.pt")
+    assert_distinct(found, "first", "second", "half", "unloaded")
+    assert found["compiled again"] == 0
+    for same, as_loaded in (
+        ("first, compiled", "first"),
+        ("first again", "first"),
+        ("second, compiled", "second, loaded"),
+        ("second", "second, loaded"),
+    ):
+        torch.testing.assert_close(found[same], found[as_loaded], atol=2e-5, rtol=0)
+    # in 8 bits the base is rounded, and the adapter acts as before
+    off = {k: float((found[k] - found["in bfloat16"]).abs().mean()) for k in found if "cast" in k}
+    assert off["loaded, then cast"] < 0.3 * off["cast"]
+    assert torch.equal(found["loaded, then cast, again"], found["loaded, then cast"])
+    if library == "lowrank":
+        assert torch.equal(found["cast, then loaded"], found["loaded, then cast"])
+        assert torch.equal(found["cast, then loaded, again"], found["loaded, then cast"])
 
 
 @pytest.mark.interop

@@ -55,6 +55,9 @@ globals().update(
         for name in __all__
     }
 )
+# diffusers' layerwise casting asks the layers which of their parts to leave out: these have none
+for _layer in (name for name in __all__ if name.endswith("Layer")):
+    globals()[_layer].adapter_layer_names = ()
 
 if TYPE_CHECKING:
 
