@@ -13,6 +13,7 @@ from lowrank.formats import convert
 
 E, H, F = 3, 10, 7
 AT = "model.layers.1.mlp.experts"
+LOCAL = ("mixtral", "gpt_oss")  # what config.json calls their sizes
 SHAPES = {f"{AT}.gate_up_proj": (2 * F, H), f"{AT}.down_proj": (H, F)}
 
 
@@ -24,14 +25,14 @@ def base_folder(folder, model_type="mixtral"):
         "num_key_value_heads": 1,
         "hidden_size": H,
         "num_hidden_layers": 2,
-        "num_local_experts" if model_type == "mixtral" else "num_experts": E,
-        "intermediate_size" if model_type == "mixtral" else "moe_intermediate_size": F,
+        "num_local_experts" if model_type in LOCAL else "num_experts": E,
+        "intermediate_size" if model_type in LOCAL else "moe_intermediate_size": F,
     }
     (folder / "config.json").write_text(json.dumps(values))
     return str(folder)
 
 
-def write_fused(folder, ranks, alphas, names=tuple(SHAPES), router=False):
+def write_fused(folder, ranks, alphas, names=tuple(SHAPES), router=""):
     """PEFT's keys: the module's own, within base_layer that of the parameter before it."""
     tensors = {}
     for depth, path in enumerate(reversed(names)):
@@ -40,10 +41,10 @@ def write_fused(folder, ranks, alphas, names=tuple(SHAPES), router=False):
         tensors[f"{at}.lora_B.weight"] = torch.randn(out, E * r)
     targets = [path.partition("mlp.")[2] for path in names]
     if router:
-        at = f"{PREFIX}model.layers.1.mlp.gate"
+        at = f"{PREFIX}model.layers.1.mlp.{router}"
         tensors[f"{at}.lora_A.weight"] = torch.randn(4, H)
         tensors[f"{at}.lora_B.weight"] = torch.randn(E, 4)
-        targets.append("mlp.gate.weight")
+        targets.append(f"mlp.{router}.weight")
     config = LoraConfig(
         r=4,
         lora_alpha=6,
@@ -65,24 +66,27 @@ def fused_delta(folder, depth, r, alpha):
 
 
 @pytest.mark.parametrize("r", [4, 5], ids=["one rank", "two ranks"])
-def test_fused_experts(tmp_path, r):
-    """Of equal rank only the base's sizes tell which of the two is which."""
-    base = base_folder(tmp_path / "base")
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_fused_experts(tmp_path, r, kind):
+    """Of equal rank only the base's sizes tell which of the two is which. gpt-oss has gate's and up's rows by turns."""
+    base = base_folder(tmp_path / "base", kind)
+    word = "router" if kind == "gpt_oss" else "gate"
     ranks = dict(zip(SHAPES, (r, 4), strict=True))
     alphas = dict(zip(SHAPES, (6, 2.5), strict=True)) if r == 5 else dict.fromkeys(SHAPES, 6)
-    source = write_fused(tmp_path / "in", ranks, alphas, router=True)
+    source = write_fused(tmp_path / "in", ranks, alphas, router=word)
     convert(source, tmp_path / "a.gguf", "gguf", base=base)
-    gate, up = fused_delta(source, 1, r, alphas[f"{AT}.gate_up_proj"]).chunk(2, dim=1)
+    wide = fused_delta(source, 1, r, alphas[f"{AT}.gate_up_proj"])
+    gate, up = (wide[:, ::2], wide[:, 1::2]) if kind == "gpt_oss" else wide.chunk(2, dim=1)
     down = fused_delta(source, 0, 4, alphas[f"{AT}.down_proj"])
     tensors = load_file(source / "adapter_model.safetensors")
-    A, B = (tensors[f"{PREFIX}model.layers.1.mlp.gate.lora_{f}.weight"].double() for f in "AB")
+    A, B = (tensors[f"{PREFIX}model.layers.1.mlp.{word}.lora_{f}.weight"].double() for f in "AB")
     wanted = {"gate_exps": gate, "up_exps": up, "down_exps": down, "gate_inp": 6 / 4 * B @ A}
     wanted = {f"blk.1.ffn_{name}.weight": delta for name, delta in wanted.items()}
     assert_same(of_gguf(tmp_path / "a.gguf"), wanted)
 
     convert(tmp_path / "a.gguf", tmp_path / "out", "peft", base=base)
     config = read_adapter(tmp_path / "out").config
-    assert set(config.target_parameters) == {*SHAPES, "model.layers.1.mlp.gate.weight"}
+    assert set(config.target_parameters) == {*SHAPES, f"model.layers.1.mlp.{word}.weight"}
     before = read_adapter(source).tensors
     after = read_adapter(tmp_path / "out").tensors
     assert {k: t.shape for k, t in after.items()} == {k: t.shape for k, t in before.items()}
@@ -103,7 +107,7 @@ def test_fused_experts_in_mlx(tmp_path, kind):
         "block_sparse_moe" if kind == "mixtral" else "mlp",
     )
     ranks, alphas = dict(zip(SHAPES, (5, 2), strict=True)), dict(zip(SHAPES, (6, 2.5), strict=True))
-    source = write_fused(tmp_path / "in", ranks, alphas, router=True)
+    source = write_fused(tmp_path / "in", ranks, alphas, router="gate")
     with pytest.raises(ConvertError, match=r"how many experts.*base="):
         convert(source, tmp_path / "mlx", "mlx")
     convert(source, tmp_path / "mlx", "mlx", base=base)
@@ -114,6 +118,9 @@ def test_fused_experts_in_mlx(tmp_path, kind):
     convert(tmp_path / "mlx", tmp_path / "out", "peft", base=base)
     convert(tmp_path / "out", tmp_path / "b.gguf", "gguf")
     assert_same(of_gguf(tmp_path / "b.gguf"), found)
+    oss = base_folder(tmp_path / "oss", "gpt_oss")
+    with pytest.raises(ConvertError, match="not for gpt_oss"):
+        convert(source, tmp_path / "x", "mlx", base=oss)
     singles = {f"model.layers.0.mlp.experts.{e}.w2": (H, F) for e in range(E)}
     with pytest.raises(ConvertError, match="no DoRA for experts"):
         convert(written(tmp_path / "m", singles, dora=True), tmp_path / "x", "mlx", base=base)

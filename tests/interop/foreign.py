@@ -36,6 +36,12 @@ OPTIONS = {
         "head_dim": 10,
         "norm_topk_prob": True,
     },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 10,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    },
     "gemma": {"head_dim": 10},
     "gemma2": {"head_dim": 10, "query_pre_attn_scalar": 10},
     # six layers are a whole pattern of local and global attention; √36 is exact in bfloat16, which mlx-lm rounds to

@@ -1,5 +1,7 @@
 """A model of transformers' as GGUF in float32, as far as the tests need it."""
 
+import re
+
 import gguf
 import torch
 
@@ -36,6 +38,8 @@ def write_base(model, path, arch, rotary=False, transposed=False):
             writer.add_sliding_window(config.sliding_window)
     else:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    if arch == "gpt-oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     for field, add in {
         "attn_logit_softcapping": writer.add_attn_logit_softcapping,
         "final_logit_softcapping": writer.add_final_logit_softcapping,
@@ -74,15 +78,25 @@ def tensors(model, arch, heads, kv_heads, rotary, transposed):
             and any(w in key for w in ("c_attn", "c_proj", "c_fc"))
         ):
             tensor = tensor.T
-        if key.endswith("experts.gate_up_proj"):
-            gate, up = tensor.chunk(2, dim=1)
-            block = f"blk.{key.split('.')[2]}"
-            yield f"{block}.ffn_gate_exps.weight", gate
-            yield f"{block}.ffn_up_exps.weight", up
+        match = re.search(r"layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?$", key)
+        if match:
+            number, word, bias = match.groups()
+            end = "bias" if bias else "weight"
+            if (
+                getattr(model.get_submodule(key.rpartition(".")[0]), "is_transposed", False)
+                and not bias
+            ):
+                tensor = tensor.transpose(1, 2)
+            parts = {"down": tensor}
+            if word == "gate_up" and arch == "gpt-oss":
+                parts = {"gate": tensor[:, ::2], "up": tensor[:, 1::2]}
+            elif word == "gate_up":
+                parts = dict(zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True))
+            for part, rows in parts.items():
+                yield f"blk.{number}.ffn_{part}_exps.{end}", rows
             continue
-        if key.endswith("experts.down_proj"):
-            yield f"blk.{key.split('.')[2]}.ffn_down_exps.weight", tensor
-            continue
+        if key.endswith("sinks"):
+            key += ".weight"
         name = known.get_name(key, (".weight", ".bias"))
         assert name, key
         yield name, torch.squeeze(tensor)

@@ -44,7 +44,7 @@ def results(tmp_path_factory):
             fields["target_parameters"] = [
                 "experts.gate_up_proj",
                 "experts.down_proj",
-                "mlp.gate.weight",
+                "mlp.router.weight" if model_type == "gpt_oss" else "mlp.gate.weight",
             ]
         if model_type == "gpt2":
             model = tiny.gpt2(torch.float32)

@@ -19,6 +19,7 @@ _MOE = (
     "model.layers.{}.mlp.shared_expert_gate",
     *(f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
+_GPT_OSS = (*(path for path in _LLAMA if ".mlp." not in path), "model.layers.{}.mlp.router")
 _PHI3 = (
     *("model.layers.{}.self_attn.qkv_proj", "model.layers.{}.self_attn.o_proj"),
     *("model.layers.{}.mlp.gate_up_proj", "model.layers.{}.mlp.down_proj"),
@@ -42,6 +43,7 @@ class Architecture(NamedTuple):
     tied: bool = False  # what a config.json means that does not say
     transposed: bool = False  # transformers' Conv1D: fan_in_fan_out
     experts: bool = False  # several of each MLP, in one tensor
+    interleaved: bool = False  # gate's and up's rows by turns, not one after the other
 
 
 ARCHITECTURES = {
@@ -55,6 +57,7 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", tied=True),
     "gemma2": Architecture("gemma2", tied=True),
     "gemma3_text": Architecture("gemma3", tied=True),
+    "gpt_oss": Architecture("gpt-oss", _GPT_OSS, experts=True, interleaved=True),
     "phi3": Architecture("phi3", _PHI3),
     "gpt2": Architecture("gpt2", _GPT2, tied=True, transposed=True),
 }

@@ -47,7 +47,9 @@ def read_adapted(
     if problems or wrong:
         raise ConvertError(listed([*problems, *wrong]))
     row = ARCHITECTURES.get(config.get("model_type", ""))
-    return stacked(layers, count(config)) if row and row.experts else ({}, layers)
+    if row is None or not row.experts:
+        return {}, layers
+    return stacked(layers, count(config), row.interleaved)
 
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -67,11 +69,11 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def stacked(
-    layers: Mapping[str, AdapterLayer], experts: int
+    layers: Mapping[str, AdapterLayer], experts: int, interleaved: bool = False
 ) -> tuple[dict[Place, AdapterLayer], dict[str, AdapterLayer]]:
     """The layers of experts, with A (expert, r, in) and B (expert, out, r); and all others, routers by their modules.
 
-    experts: how many there are. Raises ConvertError where a layer has others.
+    experts: how many there are. interleaved: gate's and up's rows come by turns. Raises ConvertError where a layer has others.
     """
     found: dict[Place, AdapterLayer] = {}
     rest: dict[str, AdapterLayer] = {}
@@ -84,8 +86,12 @@ def stacked(
                 problems.append(f"{path} has {layer.experts} experts, the base {experts}.")
             A = EXPERTS.A_matrix(layer.A, layer.experts)
             B = EXPERTS.B_matrix(layer.B, layer.experts)
-            words = ["down"] if fused[2] == "down" else ["gate", "up"]
-            for word, part in zip(words, B.chunk(len(words), dim=1), strict=True):
+            if fused[2] == "down":
+                parts = {"down": B}
+            else:
+                gate, up = (B[:, ::2], B[:, 1::2]) if interleaved else B.chunk(2, dim=1)
+                parts = {"gate": gate, "up": up}
+            for word, part in parts.items():
                 found[fused[1], word] = AdapterLayer(A, part, layer.alpha)
         elif single and single[3] in _WORDS:
             if int(single[2]) >= experts:
@@ -128,16 +134,21 @@ def _stack(given: Mapping[int, AdapterLayer], experts: int) -> AdapterLayer:
 
 def router(module: str, layer: AdapterLayer) -> tuple[str, AdapterLayer]:
     """A layer at a router's module, as transformers has it: the module's parameter, by its path. Others as they are."""
-    match = re.fullmatch(r"(model\.layers\.\d+\.)(?:mlp|block_sparse_moe)\.gate", module)
+    match = re.fullmatch(r"(model\.layers\.\d+\.)(?:mlp|block_sparse_moe)\.(gate|router)", module)
     if match is None:
         return module, layer
-    key = f"{match[1]}mlp.gate"
+    key = f"{match[1]}mlp.{match[2]}"
     path = f"{key}.weight"
     return path, layer._replace(bare=Bare(path, key, key, 1, layer.r, layer.alpha, (path,)))
 
 
-def fused(layers: Mapping[Place, AdapterLayer]) -> dict[str, AdapterLayer]:
-    """The layers by the paths of transformers' parameters; given with A (expert, r, in) and B (expert, out, r)."""
+def fused(
+    layers: Mapping[Place, AdapterLayer], interleaved: bool = False
+) -> dict[str, AdapterLayer]:
+    """The layers by the paths of transformers' parameters; given with A (expert, r, in) and B (expert, out, r).
+
+    interleaved: gate's and up's rows come by turns.
+    """
     by_number: dict[str, dict[str, AdapterLayer]] = {}
     for (number, word), layer in layers.items():
         by_number.setdefault(number, {})[word] = layer
@@ -146,7 +157,11 @@ def fused(layers: Mapping[Place, AdapterLayer]) -> dict[str, AdapterLayer]:
         module = f"model.layers.{number}.mlp.experts"
         # the parameters of one module are nested in its own order, the last one outermost
         inner = f"{module}.base_layer" if "down" in given else module
-        parts = (("gate_up_proj", inner, _gate_up(given)), ("down_proj", module, given.get("down")))
+        wide = _gate_up(given)
+        if wide is not None and interleaved and "gate_up" not in given:
+            rows = wide.B.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+            wide = wide._replace(B=rows)
+        parts = (("gate_up_proj", inner, wide), ("down_proj", module, given.get("down")))
         for name, key, part in parts:
             if part is not None:
                 path = f"{module}.{name}"

@@ -80,7 +80,8 @@ def read(path: Path, options: Options) -> dict[str, Adapter]:
         {
             place: AdapterLayer(part["a"], part["b"], alpha or float(part["a"].shape[1]))
             for place, part in stacked.items()
-        }
+        },
+        row.interleaved,
     )
     adapter = as_adapter(
         layers,

@@ -31,6 +31,7 @@ HOLDS = frozenset({"dora", "embeddings", "target_parameters"})
 _PATH = re.compile(r"model\.layers\.\d+\.(?!.*\bexperts\b)(.+)|(model\.embed_tokens|lm_head)")
 
 
+_BLOCKS = {"mixtral": "block_sparse_moe", "qwen2_moe": "mlp", "qwen3_moe": "mlp"}
 _EXPERTS = re.compile(
     r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.switch_mlp\.(gate|up|down)_proj"
 )
@@ -147,7 +148,11 @@ def _layers(adapter: Adapter) -> dict[str, AdapterLayer]:
     stacked, layers = experts.read_adapted(adapter, base)
     if stacked and config.use_dora:
         raise ConvertError("MLX has no DoRA for experts; drop='dora' (--drop dora) leaves it out.")
-    block = "block_sparse_moe" if base.get("model_type") == "mixtral" else "mlp"
+    block = _BLOCKS.get(base.get("model_type", ""), "mlp")
+    if stacked and base.get("model_type") not in _BLOCKS:
+        raise ConvertError(
+            f"MLX's names of experts are known for {', '.join(_BLOCKS)}, and not for {base.get('model_type')}."
+        )
     layers = {
         re.sub(r"\.(mlp|block_sparse_moe)\.gate$", f".{block}.gate", path): layer
         for path, layer in layers.items()
