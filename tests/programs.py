@@ -138,10 +138,12 @@ def _program(program: str, *words: str) -> int | None:
 
         return main(list(words))
     if words[0] == "-c":
-        sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")  # what `begin` has put there stays
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
-        sys.argv, sys.path[0] = list(words), str(Path(words[0]).parent)
+        sys.argv = list(words)
+        sys.path.insert(0, str(Path(words[0]).parent))
         runpy.run_path(words[0], run_name="__main__")
     return None
 
