@@ -161,6 +161,25 @@ def test_deepspeed(stage, folder, alone):
     assert_same_result(alone, folder / name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--train.fsdp", "true"]], ids=["ddp", "fsdp"])
+def test_dpo(more, folder):
+    """Against its reference, the model with its adapter off, whoever holds which part of it."""
+    rows = [{"prompt": f"{i}?", "chosen": "ab"[: 1 + i % 2], "rejected": "XY"} for i in range(12)]
+    text.write_rows(folder / "pairs.jsonl", *rows)
+    words = ["--task", "dpo", "--data", "pairs.jsonl", "--data.eval", "pairs.jsonl"]
+    name = f"dpo{len(more)}"
+    done = programs.run(
+        ["lowrank", *WORDS, *words, "--batch-size", "4", "--output", f"{name}-one"],
+        folder,
+        begin=programs.TRAINING,
+    )
+    assert done.returncode == 0, done.stderr
+    done = together(folder, name, *words, *more, before=FSDP_ON_CPU if more else "")
+    assert done.returncode == 0, done.stderr
+    assert_same_result(folder / f"{name}-one", folder / name)
+
+
 def test_what_all_find_is_said_once(folder):
     done = together(folder, "none", "--data", "nothing.jsonl")
     assert done.returncode == 2

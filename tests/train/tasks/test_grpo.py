@@ -254,6 +254,7 @@ def test_rewards_that_are_all_alike_are_said(guessing, tmp_path):
         ({"reward_functions": "final"}, RewardError, "Did you mean 'final_number'"),
         ({"reward_weights": [1.0, 2.0]}, TaskSettingsError, "2 numbers for 1 reward functions"),
         ({"num_generations": 5}, TaskSettingsError, "32 is no multiple of train.num_generations 5"),
+        ({"fsdp": True}, TaskSettingsError, "ZeRO-3 shares the weights too"),
         ({"num_generations": 1}, TaskSettingsError, "compared with each other"),
         ({"max_completion_length": 40}, TaskSettingsError, "leaves no room for a prompt"),
         ({"method": "full", "beta": 0.1}, TaskSettingsError, "a second copy"),

@@ -131,6 +131,11 @@ def _problems(settings: Sections, max_length: int, answer_length: int) -> list[s
             f"train.batch_size {batch} times gradient_accumulation_steps counts answers, and {rows} is no "
             f"multiple of train.num_generations {group}"
         )
+    if train.fsdp:
+        problems.append(
+            "train.fsdp: TRL's GRPO does not run on FSDP2. DeepSpeed's ZeRO-3 shares the weights too "
+            "(train.deepspeed)"
+        )
     if answer_length >= max_length:
         problems.append(
             f"train.max_completion_length {answer_length} leaves no room for a prompt: data.max_length "
