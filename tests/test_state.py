@@ -384,11 +384,16 @@ def test_load_adapter_into_an_existing_name_replaces_its_tensors(tmp_path):
     source = saved(tmp_path)
     model = adapted(llama())
     randomise(model, seed=4)
-    model.load_adapter(tmp_path, "default", is_trainable=True)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.load_adapter(tmp_path, "default")
     torch.testing.assert_close(logits(model), logits(source), **EXACT)
-    assert any(parameter.requires_grad for parameter in model.parameters())
+    # as in PEFT: a Trainer that loads its best checkpoint leaves an adapter that can be trained on
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    model.set_requires_grad("default", False)
     model.load_adapter(tmp_path, "default")
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
 
 
 @pytest.mark.parametrize(

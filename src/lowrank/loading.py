@@ -58,10 +58,10 @@ def fill(
         check_fingerprint(model, name, adapter.metadata.get("base"), adapter.tensors, where)
     fitting = for_fused_tensors(model.get_base_model(), adapter.tensors)
     result = set_peft_model_state_dict(model, fitting, name, strict=strict)
-    if name in model.active_adapters:
-        model.set_adapter(model.active_adapter, inference_mode=not is_trainable)
     if not is_trainable:
         model.eval()
+    elif name in model.active_adapters:
+        model.set_adapter(model.active_adapter)
     return result
 
 

@@ -408,8 +408,9 @@ class PeftModel(nn.Module):
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> LoadResult:
-        """Loads an adapter beside those that are there; it is not active yet. An existing name's tensors are replaced.
+        """Loads an adapter beside those that are there; it is not active yet.
 
+        An existing name's tensors are replaced, and can be trained if they could be before, or `is_trainable`.
         Options and errors as in `from_pretrained`; the scaling of an existing name must be the file's.
         """
         adapter = adapter_to_load(
