@@ -206,7 +206,7 @@ def test_bad_rows_of_training_and_evaluation_come_together(folder, capsys):
     assert main(["train", *words, "--output", f"{folder}/never"]) == 2
     err = capsys.readouterr().err
     assert f"{one}:3: broken JSON" in err
-    assert f"{two}:1: column `rejected` is missing (preference)" in err
+    assert f"{two}:1: column `completion` is missing (prompt-completion)" in err
     text.write_rows(folder / "two.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
     words = ["--model", f"{folder}/base", "--data", f"{two}", "--output", f"{folder}/never"]
     assert main(["train", *words]) == 2
