@@ -14,9 +14,10 @@ _ATTRIBUTE = "_lowrank_row_squares"
 def known_norm(layer: Any, name: str, lora: Lora) -> Tensor:
     """‖W + ΔW‖ by row (out,), float32 at least, as `merged_weight_norm` has it.
 
-    layer: the LoraLayer, which remembers it by the adapter's name. ‖w‖² of a frozen W is kept, and so is the whole norm of a frozen adapter: then W is not
-    read at all. A change in place, or of the parameter, is seen by torch's count of changes and the
-    address; one through `.data`, which torch does not count, is not. Compiled code remembers nothing.
+    layer: the LoraLayer, which remembers it by the adapter's name. ‖w‖² of a frozen W is kept, and so is the whole
+    norm of a frozen adapter: then W is not read at all. A change in place, or of the parameter, is seen by torch's
+    count of changes and the address; one through `.data`, which torch does not count, is not. Compiled code
+    remembers nothing.
     """
     known, held, read = layer.norms, layer.unmerged_parameter(), layer.unmerged_weight
     if torch.compiler.is_compiling() or not _watched(held):
