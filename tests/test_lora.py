@@ -11,6 +11,7 @@ from lowrank.errors import ShapeError
 from lowrank.lora import (
     Lora,
     check_shapes,
+    delta_norm,
     delta_weight,
     initial_magnitude,
     merged_weight,
@@ -46,6 +47,23 @@ def test_delta_weight_is_scaling_times_B_times_A():
     B = torch.tensor([[1.0, 0], [0, 1], [2, -1], [0, 0]])
     expected = torch.tensor([[1.0, 2, 3], [0, 1, 0], [2, 3, 6], [0, 0, 0]]) * 1.5
     assert torch.equal(delta_weight(Lora(A, B, 1.5)), expected)
+
+
+@pytest.mark.parametrize("experts", [(), (3,)])
+@pytest.mark.parametrize("nearly", [1.0, 1e-3, 1e-6])
+def test_delta_norm_is_the_norm_of_the_change(experts, nearly):
+    """Also of factors that nearly cancel, as those of an adapter less its start do."""
+    _, lora = example(scaling=-0.7, experts=experts)
+    A = torch.cat([lora.A, lora.A + nearly * torch.randn_like(lora.A)], dim=-2)
+    lora = lora._replace(A=A, B=torch.cat([lora.B, -lora.B], dim=-1))
+    change = 0.7 * lora.B.double() @ lora.A.double()
+    norm, bound = delta_norm(lora)
+    assert norm == pytest.approx(change.norm().item(), rel=2e-3)
+    assert change.abs().max() <= norm * 1.001
+    assert norm <= bound * (1 + 1e-6)
+    assert delta_norm(lora._replace(B=torch.zeros_like(lora.B))) == (0.0, 0.0)
+    huge = lora._replace(A=lora.A * 2.0**90, B=lora.B * 2.0**90)  # float32 has no such squares
+    assert delta_norm(huge)[0] == pytest.approx(change.norm().item() * 2.0**180, rel=2e-3)
 
 
 @pytest.mark.parametrize("dora", [False, True])

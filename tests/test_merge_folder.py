@@ -22,8 +22,11 @@ from tiny import merged_by_hand
 from lowrank import LoraConfig, get_peft_model
 from lowrank.errors import AdapterMismatchError, BaseMismatchError, LowrankError, MergeError
 from lowrank.merge import merge_to_folder
+from lowrank.merge_files import may_overflow
 from lowrank.merge_inputs import input_covariances
+from lowrank.merge_plan import Part
 from lowrank.model_folder import TASKS, ModelFolderError, is_tied, load_base, load_model
+from lowrank.tensor_files import Entry
 from lowrank.verify import verify
 
 MODELS = {
@@ -291,6 +294,49 @@ def test_a_dtype_too_narrow_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_is_not_finite_is_told(tmp_path, monkeypatch, dtype, in_place):
+    """A sum too large for the dtype; a base that is not finite itself."""
+    monkeypatch.setattr("lowrank.merge_blocks.adds_bfloat16", lambda: in_place)
+    model = tiny.llama()
+    layer = model.model.layers[1].self_attn.q_proj
+    layer.weight.data[-1, -1] = torch.finfo(dtype).max
+    base = write_base(model, tmp_path / "base", dtype, tokenizer=False)
+    adapter = write_adapter_for(base, tmp_path / "adapter", "CAUSAL_LM", target_modules=["q_proj"])
+    merge_to_folder(base, adapter, tmp_path / "fits")
+    tensors = tensors_of(adapter)
+    for key in tensors:
+        tensors[key] = torch.full_like(tensors[key], 3e18 if ".layers.1." in key else 0.0)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(
+        MergeError, match=r"layers\.1\.self_attn\.q_proj\.weight \(largest value inf"
+    ):
+        merge_to_folder(base, adapter, tmp_path / "out")
+    layer.weight.data[0] = math.nan
+    broken = write_base(model, tmp_path / "broken", dtype, tokenizer=False)
+    tensors = {key: torch.ones_like(tensor) for key, tensor in tensors.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")  # without a fingerprint
+    with pytest.raises(MergeError, match=r"layers\.1\.self_attn\.q_proj\.weight \(the base's own"):
+        merge_to_folder(broken, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_sum_below_the_bound_overflows(tmp_path, dtype):
+    limits = torch.finfo(dtype)
+    name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
+    part = Part("W", "W", Entry(tmp_path, "W", name, (2, 2), 0, 8), name)
+    half_ulp = limits.max * limits.eps / (4 - 2 * limits.eps)  # of the largest number
+    below = half_ulp / 2.1
+    assert not may_overflow(part, below)
+    exact = torch.tensor([limits.max + below], dtype=torch.float64)
+    assert exact.to(dtype).item() == limits.max
+    assert may_overflow(part, half_ulp)
+    assert torch.tensor([limits.max + half_ulp], dtype=torch.float64).to(dtype).isinf()
+    assert may_overflow(part._replace(dtype="F64"), 0.0)
+
+
 def test_what_does_not_go_together_is_an_error(tmp_path):
     base = write_base(tiny.llama(), tmp_path / "base", tokenizer=False)
     other = write_base(tiny.llama(layers=1), tmp_path / "other", tokenizer=False)
@@ -365,6 +411,7 @@ def test_rows_in_blocks(tmp_path, monkeypatch):
 def test_bfloat16_in_blocks(tmp_path, monkeypatch, in_place):
     """The nearest value in bfloat16, whichever way the sum is taken; transposed weights too."""
     monkeypatch.setattr("lowrank.merge_blocks._BLOCK", 500)
+    monkeypatch.setattr("lowrank.merge_blocks._TILE", 1)
     monkeypatch.setattr("lowrank.merge_blocks.adds_bfloat16", lambda: in_place)
     base = write_base(tiny.gpt2(), tmp_path / "base", torch.bfloat16, tokenizer=False)
     adapter = write_adapter_for(

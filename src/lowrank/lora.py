@@ -114,10 +114,22 @@ def weight_change(W: Tensor, lora: Lora) -> Tensor:
     return (lora.magnitude.to(dtype).unsqueeze(along) / norm) * V - W
 
 
-def delta_norm(lora: Lora) -> float:
-    """‖ΔW‖ (Frobenius), in float64, without forming ΔW: ‖B·A‖² is the trace of (BᵀB)(AAᵀ)."""
-    A, B = lora.A.double(), lora.B.double() * lora.scaling
-    return ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt().item()
+def delta_norm(lora: Lora) -> tuple[float, float]:
+    """‖ΔW‖ (Frobenius) to three digits or more, and the bound scaling·‖B‖·‖A‖ on it; without forming ΔW.
+
+    ‖B·A‖² is the trace of (BᵀB)(AAᵀ). In float32, or in float64 where that would lose it to cancellation.
+    """
+    square = bound = 0.0
+    for dtype in (torch.float32, torch.float64):
+        A, B = lora.A.to(dtype), lora.B.to(dtype)
+        of_A, of_B = A @ A.mT, B.mT @ B
+        square = (of_B * of_A).sum().item()
+        traces = (g.diagonal(dim1=-2, dim2=-1).sum(-1) for g in (of_A, of_B))
+        bound = math.prod(traces).sum().item()
+        if square > 1e-4 * bound:
+            break
+    scaling = abs(float(lora.scaling))
+    return scaling * math.sqrt(max(0.0, square)), scaling * math.sqrt(bound)
 
 
 def merged_weight_norm(W: Tensor, lora: Lora, squares: Tensor | None = None) -> Tensor:

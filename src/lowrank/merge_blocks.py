@@ -27,6 +27,7 @@ from lowrank.rounding import rounded_for_inputs
 from lowrank.tensor_files import DTYPES, Entry, mapped, memory, read_bytes
 
 _BLOCK = 1 << 22  # bytes of a block, and of its sums
+_TILE = 64  # rows; a product over a multiple of them is faster
 _WINDOW = 1 << 22  # entries that are mapped at a time
 _MEASURED_BLOCKS = 2  # of a large tensor, or a few more
 
@@ -103,18 +104,21 @@ def _added_in_place(
     A, B = lora.A.float(), lora.B.float() * lora.scaling
     if part.transposed:  # Wᵀ + (B·A)ᵀ, whose factors are Aᵀ and Bᵀ
         A, B = B.T, A.T
-    A, B = bfloat16_factors(A, B)
+    A_halves, B_halves = bfloat16_factors(A, B)
     height, width = _matrix(part.shape)
-    rows = min(height, max(1, _BLOCK // (2 * width)))
+    rows = min(height, max(1, _BLOCK // (2 * width * _TILE)) * _TILE)
     buffer = _buffer(scratch, torch.bfloat16, "out", rows * width)
     for first in range(0, height, rows):
         count = min(rows, height - first)
         W = buffer[: count * width].view(count, width)
         read_bytes(sources[source.file], memory(W), source.start + 2 * first * width)
         some = _measured(first // rows, height / rows, count, measured)
-        before = W[:some].float()
-        exact = _merged(part, before, first, torch.empty_like(before)) if some else before
-        yield Block(low_rank_add_bfloat16_(W, A, B[first : first + count]), exact, before)
+        before = exact = W[:0]
+        if some:
+            before = W[:some].float()
+            exact = torch.addmm(before, B[first : first + some], A)
+        low_rank_add_bfloat16_(W, A_halves, B_halves[first : first + count])
+        yield Block(W, exact, before)
 
 
 def _measured(block: int, blocks: float, count: int, share: float) -> int:

@@ -152,9 +152,12 @@ class _Job:
         C = part.covariance
         total, at = math.prod(part.shape), self.start
         share = 1.0 if C is not None else min(1.0, _MEASURED / max(1, total))
+        lora = part.lora if part.lora is not None and part.lora.magnitude is None else None
+        norm, bound = (0.0, math.inf) if lora is None else delta_norm(lora)
+        looked_at = may_overflow(part, bound)
         noise = change = measured = largest = noise_out = change_out = 0.0
         for rounded, exact, before in blocks(part, sources, scratch, share, self.for_inputs):
-            if not all_finite(rounded):
+            if looked_at and not all_finite(rounded):
                 largest = max(largest, rounded.abs().max().item()) or math.nan
             with self.file.turn:
                 write_bytes(self.file.number, memory(rounded), at)
@@ -168,15 +171,28 @@ class _Job:
                 measured += exact.numel()
         dtype = DTYPES[part.dtype]
         not_finite = f"{part.name} (largest value {largest:.3g}, {dtype})" if largest else ""
+        if not (largest or math.isfinite(noise)):
+            not_finite = f"{part.name} (the base's own are not)"
         if not part.changed:
             return _Result(None, not_finite)
-        norm = math.sqrt(change * total / measured) if measured else 0.0
-        if part.lora is not None and part.lora.magnitude is None:
-            norm = delta_norm(part.lora)
+        if lora is None:
+            norm = math.sqrt(change * total / measured) if measured else 0.0
         cost = math.sqrt(noise * total / measured) / norm if norm else 0.0
         name = str(dtype).removeprefix("torch.")
         outputs = None if C is None else math.sqrt(noise_out / change_out) if change_out else 0.0
         return _Result(Rounding(part.in_model, name, cost, norm, outputs), not_finite)
+
+
+def may_overflow(part: Part, bound: float) -> bool:
+    """Whether finite weights may become infinite, so that each of them is to be looked at.
+
+    bound: no entry of ΔW is larger. Where W keeps its dtype, they cannot if that is less than half a unit in the last
+    place of the dtype's largest number.
+    """
+    if not isinstance(part.source, Entry) or part.source.dtype != part.dtype:
+        return True
+    limits = torch.finfo(DTYPES[part.dtype])
+    return part.covariance is not None or not bound < limits.max * limits.eps / 8
 
 
 def _square(values: Tensor) -> float:
