@@ -124,8 +124,8 @@ def delta_norm(lora: Lora) -> tuple[float, float]:
         A, B = lora.A.to(dtype), lora.B.to(dtype)
         of_A, of_B = A @ A.mT, B.mT @ B
         square = (of_B * of_A).sum().item()
-        traces = (g.diagonal(dim1=-2, dim2=-1).sum(-1) for g in (of_A, of_B))
-        bound = math.prod(traces).sum().item()
+        traces = [g.diagonal(dim1=-2, dim2=-1).sum(-1) for g in (of_A, of_B)]
+        bound = torch.dot(traces[0].view(-1), traces[1].view(-1)).item()
         if square > 1e-4 * bound:
             break
     scaling = abs(float(lora.scaling))
