@@ -112,7 +112,8 @@ def merge_to_folder(
     trained_on: how the base was quantised in training, all layers but the output head, for an adapter whose file does
     not say so: one that PEFT wrote.
     `out` appears when it is complete, in one rename. Raises MergeError if `out` exists and is not
-    empty (unless `overwrite`), if a merged weight is not finite, or if the layers cannot be merged.
+    empty (unless `overwrite`), if a merged weight overflows its dtype (or the base's own are seen not to be finite),
+    or if the layers cannot be merged.
     """
     from lowrank.adapter_file import read_adapter
 

@@ -57,7 +57,8 @@ def write_files(
     """Write every file of `plan` into `folder`, and an index if they are several. In the plan's order: the rounding
     of the changed tensors.
 
-    metadata: of each file's header. for_inputs: round parts that have a covariance for their inputs. Raises MergeError, with all of them, if merged numbers are not finite.
+    metadata: of each file's header. for_inputs: round parts that have a covariance for their inputs. Raises MergeError,
+    with all of them, if merged numbers overflow, or if the base's own are not finite where rounding is measured.
     """
     with ExitStack() as stack:
         jobs: list[_Job] = []
