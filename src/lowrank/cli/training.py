@@ -32,6 +32,7 @@ from lowrank.train.run.best import check_best
 from lowrank.train.run.saving import save
 from lowrank.train.run.screen import Screen
 from lowrank.train.run.trainer import Training, count_trainable
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.table import TASKS
 
 # what a run writes: --overwrite removes these, and nothing else that is in the folder
@@ -158,16 +159,10 @@ def train(settings: RunSettings, data: Data, folder: Path, checkpoint: Path | No
     if processes.first():
         clear(folder, keep_checkpoints=checkpoint is not None)
     processes.wait()
+    options = {"resume_from": checkpoint, "callbacks": [Screen()]}
+    options |= _measured(model, settings, data)
     training = task.train(
-        model,
-        data.tokenizer,
-        data.train,
-        data.eval,
-        folder,
-        settings,
-        resume_from=checkpoint,
-        callbacks=[Screen()],
-        **_measured(model, settings, data),
+        Given(model, data.tokenizer, data.train, data.eval, folder, settings, options)
     )
     save(model, folder)
     if settings.train.method == "full" and processes.first():

@@ -10,7 +10,7 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_on_trl import Given
+from test_on_trl import Chosen
 
 from lowrank import LoraConfig, compat, get_peft_model
 from lowrank.errors import LowrankWarning
@@ -20,6 +20,7 @@ from lowrank.train.data.rows import ReadData, read_data, rows_of
 from lowrank.train.data.shapes import Row
 from lowrank.train.evaluate import answer_rows
 from lowrank.train.settings import TrainSettings
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.on_trl import LOSSES, TaskSettingsError, trl_class
 from lowrank.train.tasks.rewards import RewardError, last_number
 from lowrank.train.tasks.sft import train_sft
@@ -42,7 +43,7 @@ def standing_in():
 def given(**options):
     fast = {"max_steps": 20, "learning_rate": 2e-2, "batch_size": 32, "logging_steps": 4}
     own = {"reward_functions": ["final_number"], "max_completion_length": 4, "num_generations": 8}
-    return Given(TrainSettings(task="grpo", **{**fast, **own, "save_steps": 10, **options}))
+    return Chosen(TrainSettings(task="grpo", **{**fast, **own, "save_steps": 10, **options}))
 
 
 def prepared(settings, rows=SUMS, tokenizer=TOKENIZER):
@@ -161,7 +162,7 @@ def test_probabilities_are_those_of_the_row_alone(monkeypatch, tmp_path):
     settings = given(max_steps=1)
     rows = [Row("1", "1", "f:1"), Row("1 and 1?", "2", "f:2"), *SUMS[:2]]
     data = prepared(settings, rows)
-    GRPO.train(get_peft_model(model, config), TOKENIZER, data, None, tmp_path, settings)
+    GRPO.train(Given(get_peft_model(model, config), TOKENIZER, data, None, tmp_path, settings))
     assert len(found) == 4
     assert max(found) < 1e-4
 

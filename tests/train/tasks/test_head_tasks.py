@@ -23,6 +23,7 @@ from lowrank.train.data.shapes import Row
 from lowrank.train.data.task_shapes import Question, Related, Tagged
 from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings
 from lowrank.train.tasks.embedding import SCALE, embed_all, in_batch, ordered
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.table import TASKS
 
 TAGS, SPANS = TASKS["token-classification"], TASKS["question-answering"]
@@ -49,7 +50,7 @@ def fitted(task, base, tokenizer, train, test, settings, folder, r=8):
     model = get_peft_model(base, config)
     before = task.evaluate(model, tokenizer, test, settings)
     with compat.standing_in():
-        result = task.train(model, tokenizer, train, test, folder, settings)
+        result = task.train(Given(model, tokenizer, train, test, folder, settings))
     after = task.evaluate(model, tokenizer, test, settings)
     if "loss" in after.scores:
         losses = [line["eval_loss"] for line in result.history if "eval_loss" in line]

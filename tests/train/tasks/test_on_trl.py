@@ -17,6 +17,7 @@ from lowrank.train.data.shapes import Judged, Preference
 from lowrank.train.run.checkpoints import newest_checkpoint
 from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings
 from lowrank.train.tasks import on_trl
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.on_trl import CLASSES, LOSSES, TaskSettingsError, trl_class
 from lowrank.train.tasks.table import TASKS
 
@@ -34,7 +35,7 @@ JUDGED = [
 
 
 @dataclass
-class Given:
+class Chosen:
     train: TrainSettings
     data: DataSettings = field(default_factory=DataSettings)
     eval: EvalSettings = field(default_factory=lambda: EvalSettings(batch_size=8, samples=0))
@@ -42,7 +43,7 @@ class Given:
 
 def given(task, **options):
     fast = {"max_steps": 12, "learning_rate": 1e-2, "batch_size": 6, "logging_steps": 4}
-    return Given(
+    return Chosen(
         TrainSettings(task=task, **{**fast, "save_steps": 100, "eval_steps": 50, **options})
     )
 
@@ -84,7 +85,7 @@ def fit(task, model, folder, settings, **options):
     train, held_out = prepared(task, settings)
     if settings.train.eval_steps > settings.train.max_steps:
         held_out = None
-    return TASKS[task].train(model, TOKENIZER, train, held_out, folder, settings, **options)
+    return TASKS[task].train(Given(model, TOKENIZER, train, held_out, folder, settings, options))
 
 
 def scores_of(task, model, settings):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from lowrank.train.evaluate import Answer, Evaluation
 from lowrank.train.metrics import accuracy, f1_macro, f1_micro, pearson, spearman
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.heads import fit_head, padded_with
 
 
@@ -132,23 +132,13 @@ def prepare(
     )
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Encoded,
-    evaluation: Encoded | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
-    summed = PROBLEMS[train.model_options["problem_type"]].total
+def train(given: Given) -> Training:
+    summed = PROBLEMS[given.train.model_options["problem_type"]].total
 
     def total(outputs: Any, labels: Tensor) -> tuple[Tensor, int]:
         return summed(outputs.logits, labels), labels.numel()
 
-    return fit_head(
-        model, tokenizer, train, evaluation, output_dir, settings, total=total, **options
-    )
+    return fit_head(given, total=total)
 
 
 def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -> Evaluation:

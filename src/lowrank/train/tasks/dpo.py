@@ -1,7 +1,6 @@
 """Direct preference optimisation (Rafailov et al. 2023) of pairs of answers, and its relatives."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +10,7 @@ from lowrank.train.data.shapes import Preference
 from lowrank.train.evaluate import Evaluation
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.on_trl import LOSSES, beta_of, check_settings, train_on_trl
 from lowrank.train.tasks.preference import (
     Preferences,
@@ -34,16 +34,9 @@ def prepare(
     return encode_preferences(rows, tokenizer, max_length=max_length, chat_template=template)
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Preferences,
-    evaluation: Preferences | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
-    """Train what is trainable in `model`, in place; its reference is the model with its adapters off."""
+def train(given: Given) -> Training:
+    """Train what is trainable in the model, in place; its reference is the model with its adapters off."""
+    settings = given.settings
     arguments = {
         "beta": beta_of("dpo", settings.train),
         "loss_type": [settings.train.loss_type or LOSSES["dpo"][0]],
@@ -52,15 +45,9 @@ def train(
     }
     return train_on_trl(
         "dpo",
-        model,
-        tokenizer,
-        train,
-        evaluation,
-        output_dir,
-        settings,
+        given,
         arguments=arguments,
-        data_collator=pair_batch(pad_id(tokenizer)),
-        **options,
+        data_collator=pair_batch(pad_id(given.tokenizer)),
     )
 
 

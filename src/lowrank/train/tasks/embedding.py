@@ -4,7 +4,6 @@ A text's embedding is the mean of its tokens' last hidden states, to length 1, a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Related
 from lowrank.train.evaluate import Answer, Evaluation, device_of, of_each
 from lowrank.train.metrics import mean, pearson, spearman
-from lowrank.train.run.trainer import Training, fit
+from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
+from lowrank.train.tasks.given import Given
 
 SCALE = 20.0  # of cosines before a softmax: 1/temperature, as in sentence-transformers
 PARTS = ("anchor", "positive", "negative")
@@ -119,15 +119,7 @@ def batch_of(pad: int) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
     return collate
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Encoded,
-    evaluation: Encoded | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
+def train(given: Given) -> Training:
     """In-batch negatives, or the scores' order: a larger train.batch_size is a harder, better task."""
     from transformers import Trainer
 
@@ -147,19 +139,10 @@ def train(
             mean = loss(anchors, others, labels) / count
             return (mean, {"embeddings": found}) if return_outputs else mean
 
-    return fit(
-        model,
-        train.examples,
-        evaluation.examples if evaluation else None,
-        output_dir,
-        settings.train,
-        settings.eval,
-        tokens=train.tokens,
-        places=[row.where for row in train.rows],
+    return given.fit(
         trainer_class=Contrastive,
-        data_collator=batch_of(pad_id(tokenizer)),
+        data_collator=batch_of(pad_id(given.tokenizer)),
         arguments={"label_names": ["labels"]},
-        **options,
     )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from lowrank.train.evaluate import Answer, Evaluation
 from lowrank.train.metrics import mean
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.heads import fit_head, padded_with
 
 LONGEST = 30  # tokens of an answer
@@ -133,18 +133,8 @@ def total(outputs: Any, labels: Tensor) -> tuple[Tensor, int]:
     return (losses[0] + losses[1]) * 3 / 2, labels.numel()
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Windows,
-    evaluation: Windows | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
-    return fit_head(
-        model, tokenizer, train, evaluation, output_dir, settings, total=total, **options
-    )
+def train(given: Given) -> Training:
+    return fit_head(given, total=total)
 
 
 def score(model: nn.Module, tokenizer: Any, data: Windows, settings: Sections) -> Evaluation:

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lowrank.train.data.shapes import Row
 from lowrank.train.evaluate import Answer, Evaluation, answer_rows, asked_text
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.on_trl import LOSSES, beta_of, check_settings, train_on_trl
 from lowrank.train.tasks.rewards import cannot_do_without, reward_functions, total
 
@@ -153,42 +153,30 @@ def templated(tokenizer: Any, settings: Sections) -> bool:
     return settings.data.chat_template and bool(tokenizer.chat_template)
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Prompts,
-    evaluation: Prompts | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
-    """Train what is trainable in `model`, in place, on answers that it samples itself.
+def train(given: Given) -> Training:
+    """Train what is trainable in the model, in place, on answers that it samples itself.
 
     Its evaluations have the scores of `measure` (of `options`), or else those of `score`, and no loss.
     Warns where no step had anything to learn from, since all answers to a prompt scored alike.
     """
-    given = settings.train
+    model, tokenizer, settings = given.model, given.tokenizer, given.settings
+    train, evaluation = settings.train, given.evaluation
     arguments = {
-        "beta": beta_of("grpo", given),
-        "loss_type": given.loss_type or LOSSES["grpo"][0],
-        "num_generations": given.num_generations or GENERATIONS,
-        "max_completion_length": train.max_completion_length,
-        "temperature": given.temperature or 1.0,
-        "reward_weights": given.reward_weights,
+        "beta": beta_of("grpo", train),
+        "loss_type": train.loss_type or LOSSES["grpo"][0],
+        "num_generations": train.num_generations or GENERATIONS,
+        "max_completion_length": given.train.max_completion_length,
+        "temperature": train.temperature or 1.0,
+        "reward_weights": train.reward_weights,
         "train_sampling_strategy": "random",  # TRL's own, in groups
         "num_generations_eval": 1,
     }
+    options = {}
     if evaluation:
-        now = {"measure": lambda: score(model, tokenizer, evaluation, settings).scores}
-        options = now | options
+        options["measure"] = lambda: score(model, tokenizer, evaluation, settings).scores
     result = train_on_trl(
         "grpo",
-        model,
-        tokenizer,
-        train,
-        evaluation,
-        output_dir,
-        settings,
+        given,
         arguments=arguments,
         prompt_ids=lambda texts: prompt_ids(texts, tokenizer, templated(tokenizer, settings)),
         reward_funcs=reward_functions(names_of(settings)),

@@ -1,43 +1,22 @@
 """What tasks share whose model has a head of its own: training it, with a loss that adds up over batches."""
 
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lowrank.train.data.batches import collate_padded
-from lowrank.train.data.encode import Encoded, pad_id
-from lowrank.train.run.trainer import Training, fit
-from lowrank.train.settings import Sections
+from lowrank.train.data.encode import pad_id
+from lowrank.train.run.trainer import Training
+from lowrank.train.tasks.given import Given
 
 
-def fit_head(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Encoded,
-    evaluation: Encoded | None,
-    output_dir: str | Path,
-    settings: Sections,
-    *,
-    total: Any,
-    **options: Any,
-) -> Training:
+def fit_head(given: Given, *, total: Any, **options: Any) -> Training:
     """`trainer.fit` on padded batches. total: (outputs, labels) → the summed loss, and over how many items."""
     from lowrank.train.run.callbacks import Loss
 
-    given = {"data_collator": collate_padded(padded_with(model, tokenizer)), **options}
-    return fit(
-        model,
-        train.examples,
-        evaluation.examples if evaluation else None,
-        output_dir,
-        settings.train,
-        settings.eval,
-        tokens=train.tokens,
-        places=[row.where for row in train.rows],
-        compute_loss_func=Loss(evaluation, total),
+    padded = {"data_collator": collate_padded(padded_with(given.model, given.tokenizer))}
+    return given.fit(
+        compute_loss_func=Loss(given.evaluation, total),
         arguments={"label_names": ["labels"]},
-        **given,
+        **{**padded, **options},
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from lowrank.train.data.shapes import Judged
 from lowrank.train.evaluate import Evaluation
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections, TrainSettings
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.on_trl import LOSSES, beta_of, check_settings, train_on_trl
 from lowrank.train.tasks.preference import (
     Preferences,
@@ -61,16 +61,9 @@ def balance(data: Preferences, settings: TrainSettings) -> str:
     return f"\n{good} good and {bad} bad ones: they weigh alike with train.desirable_weight {low:.3g} to {high:.3g}"
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Preferences,
-    evaluation: Preferences | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
-    """Train what is trainable in `model`, in place; its reference is the model with its adapters off."""
+def train(given: Given) -> Training:
+    """Train what is trainable in the model, in place; its reference is the model with its adapters off."""
+    settings = given.settings
     arguments = {
         "beta": beta_of("kto", settings.train),
         "loss_type": settings.train.loss_type or LOSSES["kto"][0],
@@ -80,15 +73,9 @@ def train(
     }
     return train_on_trl(
         "kto",
-        model,
-        tokenizer,
-        train,
-        evaluation,
-        output_dir,
-        settings,
+        given,
         arguments=arguments,
-        data_collator=judged_batch(pad_id(tokenizer), train.examples),
-        **options,
+        data_collator=judged_batch(pad_id(given.tokenizer), given.train.examples),
     )
 
 

@@ -4,7 +4,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,8 +17,9 @@ from lowrank.errors import (
     listed,
 )
 from lowrank.layer import LoraLayer
-from lowrank.train.run.trainer import Training, fit
+from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections, TrainSettings
+from lowrank.train.tasks.given import Given
 from lowrank.trainable_tokens import TrainableTokensWrapper
 
 # what to name in TRL, for each task
@@ -97,41 +97,30 @@ def check_settings(task: str, settings: Sections, more: Sequence[str] = ()) -> N
 
 def train_on_trl(
     task: str,
-    model: Any,
-    tokenizer: Any,
-    train: Any,
-    evaluation: Any | None,
-    output_dir: str | Path,
-    settings: Sections,
+    given: Given,
     *,
     arguments: dict[str, Any],
     prompt_ids: Callable[[list[str]], list[list[int]]] | None = None,
     **options: Any,
 ) -> Training:
-    """`trainer.fit` with TRL's trainer for `task`; the reference is `model` with its adapters off.
+    """`trainer.fit` with TRL's trainer for `task`; the reference is the model with its adapters off.
 
-    train, evaluation: with `examples` and `tokens`. arguments: of TRL's configuration. prompt_ids: GRPO's.
+    arguments: of TRL's configuration. prompt_ids: GRPO's.
     The base's own dropout is off: policy and reference have to be the same function of it, else what is
     learnt from, their difference, is noise. Raises what `fit` raises, MissingExtraError, TargetError.
     """
+    model = given.model
     check_adapted(model, task)
     trainer, configuration = trainer_on(task, prompt_ids), trl_class(task, 1)
     counting = positions_by_mask(model) if task == "grpo" else nullcontext()
     with base_without_dropout(model), own_forward(model), counting, without_noise():
-        return fit(
-            model,
-            dataset(train.examples),
-            dataset(evaluation.examples) if evaluation else None,
-            output_dir,
-            settings.train,
-            settings.eval,
-            tokens=train.tokens,
-            places=[row.where for row in train.rows],
+        return given.fit(
+            dataset,
             trainer_class=trainer,
             arguments_class=configuration,
             # TRL's defaults would be: mixed precision, its own cut, and no dropout in adapters either
             arguments={"bf16": False, "disable_dropout": False, **arguments},
-            processing_class=tokenizer,
+            processing_class=given.tokenizer,
             **options,
         )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from lowrank.train.data.shapes import Preference
 from lowrank.train.evaluate import Evaluation
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.on_trl import check_settings, train_on_trl
 from lowrank.train.tasks.preference import (
     Preferences,
@@ -37,17 +37,9 @@ def prepare(
     return dataclasses.replace(found, model_options=options)
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Preferences,
-    evaluation: Preferences | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
-    """Train what is trainable in `model`, whose one output is the score of the last token, in place."""
-    collate = pair_batch(pad_id(tokenizer))
+def train(given: Given) -> Training:
+    """Train what is trainable in the model, whose one output is the score of the last token, in place."""
+    collate = pair_batch(pad_id(given.tokenizer))
 
     def batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
         found = collate(examples)
@@ -56,15 +48,9 @@ def train(
 
     return train_on_trl(
         "reward",
-        model,
-        tokenizer,
-        train,
-        evaluation,
-        output_dir,
-        settings,
+        given,
         arguments={"max_length": None},  # cut already
         data_collator=batch,
-        **options,
     )
 
 

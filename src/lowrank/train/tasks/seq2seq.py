@@ -1,7 +1,6 @@
 """Encoder-decoder models (T5, BART): the prompt is read by the encoder, the answer learnt by the decoder."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from lowrank.train.evaluate import (
 )
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.heads import fit_head
 
 
@@ -100,26 +100,8 @@ def collate(model: Any, tokenizer: Any) -> Any:
     return batch
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Encoded,
-    evaluation: Encoded | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
-    return fit_head(
-        model,
-        tokenizer,
-        train,
-        evaluation,
-        output_dir,
-        settings,
-        total=total,
-        data_collator=collate(model, tokenizer),
-        **options,
-    )
+def train(given: Given) -> Training:
+    return fit_head(given, total=total, data_collator=collate(given.model, given.tokenizer))
 
 
 def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -> Evaluation:

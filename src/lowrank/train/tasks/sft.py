@@ -12,6 +12,7 @@ from lowrank.train.data.shapes import Row
 from lowrank.train.evaluate import Evaluation, evaluate, sampling_of
 from lowrank.train.run.trainer import Training, fit
 from lowrank.train.settings import EvalSettings, Sections, TrainSettings
+from lowrank.train.tasks.given import Given
 
 
 def prepare(
@@ -31,17 +32,16 @@ def prepare(
     )
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Encoded,
-    evaluation: Encoded | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
+def train(given: Given) -> Training:
     return train_sft(
-        model, tokenizer, train, evaluation, output_dir, settings.train, settings.eval, **options
+        given.model,
+        given.tokenizer,
+        given.train,
+        given.evaluation,
+        given.output_dir,
+        given.settings.train,
+        given.settings.eval,
+        **given.options,
     )
 
 

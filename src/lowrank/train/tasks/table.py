@@ -21,7 +21,7 @@ class Task:
     # (rows, tokenizer, settings, max_length=, like=) -> Encoded. like: for rows of evaluation, the model_options
     # of those of training, as far as they are known
     prepare: Callable[..., Any]
-    # (model, tokenizer, train, evaluation or None, folder, settings, resume_from=, callbacks=) -> trainer.Training
+    # (Given) -> trainer.Training
     train: Callable[..., Any]
     # (model, tokenizer, data, settings) -> evaluate.Evaluation
     evaluate: Callable[..., Any]

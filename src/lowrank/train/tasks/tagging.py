@@ -1,7 +1,6 @@
 """Token classification: a tag for each word, as of named entities."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from lowrank.train.evaluate import Answer, Evaluation
 from lowrank.train.metrics import accuracy, entities, f1_macro, f1_micro
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.heads import fit_head, padded_with
 
 
@@ -102,18 +102,8 @@ def total(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, tagged.sum()
 
 
-def train(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Encoded,
-    evaluation: Encoded | None,
-    output_dir: str | Path,
-    settings: Sections,
-    **options: Any,
-) -> Training:
-    return fit_head(
-        model, tokenizer, train, evaluation, output_dir, settings, total=total, **options
-    )
+def train(given: Given) -> Training:
+    return fit_head(given, total=total)
 
 
 def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -> Evaluation:
