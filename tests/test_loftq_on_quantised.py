@@ -8,8 +8,7 @@ import torch
 
 import lowrank
 from lowrank import LoraConfig, Quantisation, quantise_model, replace_lora_weights_loftq
-from lowrank.errors import BaseMismatchError, MergeError, TargetError
-from lowrank.model_folder import ModelFolderError
+from lowrank.errors import BaseMismatchError, MergeError, ModelFolderError, TargetError
 from lowrank.wrappers import lora_layers
 
 NF4 = Quantisation("nf4", block_size=64)

@@ -20,12 +20,18 @@ from safetensors.torch import save_file
 from tiny import merged_by_hand
 
 from lowrank import LoraConfig, get_peft_model
-from lowrank.errors import AdapterMismatchError, BaseMismatchError, LowrankError, MergeError
+from lowrank.errors import (
+    AdapterMismatchError,
+    BaseMismatchError,
+    LowrankError,
+    MergeError,
+    ModelFolderError,
+)
 from lowrank.merge import merge_to_folder
 from lowrank.merge_files import may_overflow
 from lowrank.merge_inputs import input_covariances
 from lowrank.merge_plan import Part
-from lowrank.model_folder import TASKS, ModelFolderError, is_tied, load_base, load_model
+from lowrank.model_folder import TASKS, is_tied, load_base, load_model
 from lowrank.tensor_files import Entry
 from lowrank.verify import verify
 

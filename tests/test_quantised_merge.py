@@ -14,10 +14,10 @@ from lowrank import LoraConfig, PeftModel, get_peft_model
 from lowrank.adapter_file import read_adapter, write_adapter
 from lowrank.bases.quantised_linear import QuantisedLinear
 from lowrank.combine import combine, resize
-from lowrank.errors import BaseMismatchError, LowrankError, MergeError
+from lowrank.errors import BaseMismatchError, LowrankError, MergeError, ModelFolderError
 from lowrank.kernels.quantisation import rounded
 from lowrank.merge import merge_to_folder
-from lowrank.model_folder import ModelFolderError, load_model
+from lowrank.model_folder import load_model
 from lowrank.quantisation import Quantisation
 from lowrank.quantise_folder import quantise_folder
 from lowrank.quantising import quantise_model

@@ -52,6 +52,10 @@ class RowsError(LowrankError, ValueError):
     """adapter_names does not go with the batch, the adapters or a layer."""
 
 
+class ModelFolderError(LowrankError, ValueError):
+    """A model folder cannot be read, merged into, or written."""
+
+
 class MergeError(LowrankError, ValueError):
     """A merge that cannot be done, or would not be finite. Unless the text says so, the base is untouched."""
 

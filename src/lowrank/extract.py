@@ -23,7 +23,8 @@ from lowrank.errors import ExtractError, listed
 from lowrank.expert_files import experts_of, fused_from
 from lowrank.fingerprint import Sample, of_samples, sample_places
 from lowrank.merge_plan import names_in_model
-from lowrank.model_folder import Stored, embedding_names, load_skeleton, stored_tensors, task_of
+from lowrank.model_files import Stored, stored_tensors
+from lowrank.model_folder import embedding_names, load_skeleton, task_of
 from lowrank.path_patterns import is_or_ends
 from lowrank.targets import Target, plan
 from lowrank.task_arithmetic import Combined, low_rank, stacked_experts

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.bases.kinds import quantisation_of
-from lowrank.errors import BaseMismatchError, MergeError, TargetError, listed
+from lowrank.errors import BaseMismatchError, MergeError, ModelFolderError, TargetError, listed
 from lowrank.init.weight import svd
 from lowrank.layer import LoraLayer
 from lowrank.lora import initial_magnitude
-from lowrank.model_folder import ModelFolderError, stored_tensors
+from lowrank.model_files import stored_tensors
 from lowrank.tensor_files import Entry, entries
 from lowrank.wrappers import lora_layers
 

@@ -19,20 +19,19 @@ from lowrank.log import logger
 from lowrank.lora import Lora, all_finite
 from lowrank.merge_files import Rounding, one_thread_each, write_files
 from lowrank.merge_plan import MergePlan, NeedsModel, merge_plan
+from lowrank.model_files import file_of, stored_tensors
 from lowrank.model_folder import (
     ONTO_KEY,
     ROUNDING_KEY,
     NoSkeletonError,
     base_of,
     dequantised,
-    file_of,
     is_tied,
     load_base,
     load_config,
     load_skeleton,
     quantised_by,
     quiet,
-    stored_tensors,
     task_of,
 )
 from lowrank.new_folder import GENERATION, check_out, complete_folder, copy_rest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import AdapterMismatchError, LowrankError, MergeError
+from lowrank.errors import AdapterMismatchError, MergeError, ModelFolderError
 from lowrank.expected import PREFIX
+from lowrank.model_files import Stored, stored_tensors
 from lowrank.quantised_files import AnyEntry, DequantisedEntry, packed_entries
 from lowrank.task_types import TASK_HEADS
-from lowrank.tensor_files import Entry, entries
 
 # task_type in the adapter's config → transformers' class for it, and the outputs to compare
 TASKS = {
@@ -38,16 +37,10 @@ ENDINGS = {
     "Model": "FEATURE_EXTRACTION",
 }
 
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 ROUNDING_KEY = (
     "lowrank.rounding"  # in a merged file's metadata: "inputs" where not every entry is the nearest
 )
 ONTO_KEY = "lowrank.onto"  # in a merged file's metadata, for an adapter trained on a quantised base: JSON, see merge
-
-
-class ModelFolderError(LowrankError, ValueError):
-    """A model folder cannot be read, merged into, or written."""
 
 
 class NoSkeletonError(ModelFolderError):
@@ -284,42 +277,6 @@ def _load_dequantised(
     return Loaded(model.eval(), sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), [])
 
 
-class Stored(NamedTuple):
-    """What the safetensors files of a model hold."""
-
-    tensors: dict[str, Entry]
-    metadata: dict[str, dict[str, str]]  # by the file's name
-
-    @property
-    def bytes(self) -> int:
-        return sum(entry.bytes for entry in self.tensors.values())
-
-
-def stored_tensors(folder: str | Path, revision: str | None = None) -> Stored | None:
-    """Where each tensor of a folder, or of a repository on the Hub, lies; None without safetensors files."""
-    names = [WEIGHTS]
-    if file_of(folder, WEIGHTS, revision) is None:
-        index = file_of(folder, INDEX, revision)
-        if index is None:
-            return None
-        try:
-            places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(places.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelFolderError(
-                f"{index} is broken, or has no weight_map of file names: {error!r}"
-            ) from error
-    found = Stored({}, {})
-    for name in names:
-        path = file_of(folder, name, revision)
-        if path is None:
-            raise ModelFolderError(f"{folder} lacks {name}, which its {INDEX} names.")
-        tensors, metadata = entries(Path(path))
-        found.tensors.update(tensors)
-        found.metadata[name] = metadata
-    return found
-
-
 def _quantised_error(folder: str | Path, by: str | None) -> ModelFolderError:
     what = {
         "bitsandbytes": "Name the folder in 16 bits instead.",
@@ -419,26 +376,6 @@ def is_tied(model: Any) -> bool | None:
         return None
     first, second = (model.get_parameter(name) for name in names)
     return first is second
-
-
-def file_of(source: str | Path, name: str, revision: str | None = None) -> str | None:
-    """Where a file of a folder, or of a repository on the Hub, lies here; None if it has no such file."""
-    from transformers.utils import cached_file
-
-    return cached_file(
-        str(source),
-        name,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
-def has_tokenizer(source: str | Path, revision: str | None = None) -> bool:
-    """Whether a tokenizer lies in the folder (or repository)."""
-    names = ("tokenizer_config.json", "tokenizer.json")
-    return any(file_of(source, name, revision) for name in names)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank.errors import MergeError
-from lowrank.model_folder import file_of, has_tokenizer, quiet
+from lowrank.model_files import file_of, has_tokenizer
+from lowrank.model_folder import quiet
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (

@@ -17,6 +17,7 @@ from lowrank.bases.quantised_linear import QuantisedLinear
 from lowrank.errors import QuantisationError
 from lowrank.merge_files import write_index
 from lowrank.merge_plan import names_in_model
+from lowrank.model_files import stored_tensors
 from lowrank.model_folder import (
     TASKS,
     load_base,
@@ -24,7 +25,6 @@ from lowrank.model_folder import (
     load_skeleton,
     quantised_by,
     quiet,
-    stored_tensors,
     task_of,
 )
 from lowrank.new_folder import check_out, complete_folder, copy_rest

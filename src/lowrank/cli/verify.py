@@ -101,7 +101,8 @@ def verify_and_show(
 def examples(names: list[str], adapter: str, base: str, split: str) -> list[dict[str, Any]]:
     """Rows of data as token ids; split: which part of embedded data."""
     from lowrank.cli.opening import context_length, open_rows, open_tokenizer
-    from lowrank.model_folder import has_tokenizer, load_config
+    from lowrank.model_files import has_tokenizer
+    from lowrank.model_folder import load_config
     from lowrank.train.data.encode import encode
 
     tokenizer = open_tokenizer(adapter if has_tokenizer(adapter) else base)

@@ -25,13 +25,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowrank.adapter_file import Adapter, save_tensors
+from lowrank.errors import ModelFolderError
 from lowrank.expected import Change, changes, transposed_weights
 from lowrank.log import logger
+from lowrank.model_files import stored_tensors
 from lowrank.model_folder import (
     ONTO_KEY,
     ROUNDING_KEY,
     TASKS,
-    ModelFolderError,
     base_of,
     embedding_names,
     is_tied,
@@ -39,7 +40,6 @@ from lowrank.model_folder import (
     load_config,
     load_model,
     quantised_by,
-    stored_tensors,
     task_of,
 )
 from lowrank.quantisation import Quantisation

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.model_folder import ModelFolderError, has_tokenizer, quiet
+from lowrank.errors import ModelFolderError
+from lowrank.model_files import has_tokenizer
+from lowrank.model_folder import quiet
 
 Example = Mapping[str, Any]  # "input_ids" (tokens,), and "labels" (tokens,) where a loss is wanted
 TEXTS = (

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from lowrank import LoraConfig, PeftModel, compat, get_peft_model, read_adapter
 from lowrank.cli import main
 from lowrank.cli.opening import open_base
-from lowrank.model_folder import ModelFolderError
+from lowrank.errors import ModelFolderError
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.rows import read_data
 from lowrank.train.data.task_shapes import Labelled

@@ -15,7 +15,7 @@ from lowrank import LoraConfig, compat, get_peft_model, read_adapter
 from lowrank.cli import main
 from lowrank.cli.opening import model_path, open_base, open_tokenizer
 from lowrank.embedded import dataset_path
-from lowrank.model_folder import ModelFolderError
+from lowrank.errors import ModelFolderError
 from lowrank.train.data.encode import IGNORE
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.rows import read_data, rows_of
