@@ -17,6 +17,7 @@ from lowrank.train.data.problems import DataError
 from lowrank.train.data.rows import read_data
 from lowrank.train.data.task_shapes import Labelled
 from lowrank.train.settings import DataSettings, EvalSettings, TrainSettings
+from lowrank.train.tasks.given import Given
 from lowrank.train.tasks.heads import padded_with
 from lowrank.train.tasks.table import TASKS
 
@@ -131,7 +132,7 @@ def test_each_sort_is_learnt_and_its_head_is_saved(labels, score, tmp_path):
     model = get_peft_model(base, config)
     before = TASK.evaluate(model, tokenizer, data, settings)
     with compat.standing_in():
-        result = TASK.train(model, tokenizer, data, data, tmp_path, settings)
+        result = TASK.train(Given(model, tokenizer, data, data, tmp_path, settings))
     after = TASK.evaluate(model, tokenizer, data, settings)
     assert before.scores[score] < 0.8 < 0.9 < after.scores[score]
     evals = [line["eval_loss"] for line in result.history if "eval_loss" in line]
@@ -154,7 +155,7 @@ def test_the_first_loss_is_the_mean_over_the_rows_of_both_batches(tmp_path):
         sections(max_steps=1, batch_size=3, gradient_accumulation_steps=2, logging_steps=1),
     )
     expected = TASK.evaluate(model, text.byte_tokenizer(), data, settings).scores["loss"]
-    result = TASK.train(model, text.byte_tokenizer(), data, None, tmp_path, settings)
+    result = TASK.train(Given(model, text.byte_tokenizer(), data, None, tmp_path, settings))
     assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 

@@ -74,7 +74,9 @@ def adapted(weights):
 
 def fit(weights, folder, settings, **options):
     model = adapted(weights)
-    result = GRPO.train(model, TOKENIZER, prepared(settings), None, folder, settings, **options)
+    result = GRPO.train(
+        Given(model, TOKENIZER, prepared(settings), None, folder, settings, options)
+    )
     return model, result
 
 
@@ -199,7 +201,7 @@ def test_prompts_need_no_answer_where_no_reward_does(guessing, tmp_path):
     assert data.examples[0].keys() == {"prompt"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LowrankWarning)  # no vowel at all may be said
-        result = GRPO.train(model, TOKENIZER, data, None, tmp_path / "out", settings)
+        result = GRPO.train(Given(model, TOKENIZER, data, None, tmp_path / "out", settings))
     assert result.steps == 1
     found = GRPO.evaluate(model, TOKENIZER, data, settings)
     assert found.scores["reward"] == sum(c in "aeiou" for a in found.answers for c in a.answer) / 4
@@ -219,7 +221,9 @@ def test_the_best_state_is_that_of_most_reward(guessing, tmp_path):
         found.append(0.5 if len(found) == 1 else 0.25)  # best in the middle
         return {"reward": found[-1]}
 
-    result = GRPO.train(model, TOKENIZER, data, data, tmp_path, settings, measure=measure)
+    result = GRPO.train(
+        Given(model, TOKENIZER, data, data, tmp_path, settings, {"measure": measure})
+    )
     lines = [line for line in result.history if "eval_reward" in line]
     assert [(line["step"], line["eval_reward"]) for line in lines] == [
         (1, 0.25),
@@ -236,7 +240,7 @@ def test_the_best_state_is_that_of_most_reward(guessing, tmp_path):
         given(max_steps=1, eval_steps=1, save_steps=None, batch_size=8),
         adapted(guessing),
     )
-    result = GRPO.train(model, TOKENIZER, data, data, tmp_path, settings)
+    result = GRPO.train(Given(model, TOKENIZER, data, data, tmp_path, settings))
     (line,) = (line for line in result.history if "eval_reward" in line)
     now = GRPO.evaluate(model, TOKENIZER, data, settings).scores
     assert {name: line[f"eval_{name}"] for name in now} == now

@@ -446,10 +446,10 @@ def test_scored_pairs_and_triplets(tmp_path):
         "spearman",
         "pearson",
     ]
-    EMBEDDING.train(model, tokenizer, data, None, tmp_path / "scored", settings)
+    EMBEDDING.train(Given(model, tokenizer, data, None, tmp_path / "scored", settings))
     triplets = [r._replace(score=None, negative=f"no {i}") for i, r in enumerate(rows)]
     data = prepared(EMBEDDING, triplets)
-    EMBEDDING.train(model, tokenizer, data, data, tmp_path / "triplets", settings)
+    EMBEDDING.train(Given(model, tokenizer, data, data, tmp_path / "triplets", settings))
     found = EMBEDDING.evaluate(model, tokenizer, data, settings)
     assert list(found.scores) == ["recall_at_1", "mrr"]
     with pytest.raises(DataError, match="1 of 3 rows have no `negative`"):
