@@ -12,6 +12,7 @@ import tiny
 import torch
 import transformers
 from folders import InProcess, edit_config, rewrite, tensors_of, write_adapter_for, write_base
+from safetensors.torch import save_file
 
 import lowrank.verify as verifying
 from lowrank import LoraConfig, get_peft_model
@@ -193,6 +194,26 @@ def test_a_touched_base_tensor_is_caught(llama):
         "Not as in the base, though the adapter does not touch them: model.norm.weight."
     ]
     assert result.worst[0].problem == "1 of 24 values are not the base's"
+
+
+def test_a_base_that_is_not_finite_proves_nothing(llama):
+    """W + ΔW has a NaN where W has one: the folder is what it should be, and no model."""
+    base, adapter, merged = llama
+    save_file(tensors_of(adapter), adapter / "adapter_model.safetensors")  # without a fingerprint
+
+    def broken(name, tensor):
+        if name.endswith("layers.1.self_attn.q_proj.weight"):
+            tensor[2, 3] = math.nan
+        return tensor
+
+    spoil(base, broken)
+    spoil(merged, broken)
+    result = verify(*llama)
+    assert not result.passed
+    wrong = [check for check in result.worst if check.problem]
+    assert [check.name for check in wrong] == ["model.layers.1.self_attn.q_proj.weight"]
+    assert wrong[0].problem.startswith("1 of ")
+    assert any("outputs that are not finite" in reason for reason in result.reasons)
 
 
 def test_tensors_too_few_and_too_many_are_caught(llama):

@@ -180,6 +180,11 @@ def judge_outputs(
     outputs: OutputCheck, dtype: str, tolerance: float, rounding: float | None, tensors_right: bool
 ) -> tuple[list[str], list[str]]:
     """(reasons to fail, warnings) from the outputs, or from the rounding where outputs say nothing."""
+    if not math.isfinite(outputs.size):
+        return [
+            f"Base + adapter gives outputs that are not finite on these {outputs.inputs} inputs, so that nothing is "
+            "proven. Is the base whole?"
+        ], []
     reasons, warnings = [], []
     noise = NOISE * outputs.size
     advice = "" if dtype == "float32" else " Merge in float32 to keep it: --dtype float32."

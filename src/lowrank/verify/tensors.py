@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank.expected import Change, loss
+from lowrank.lora import all_finite
 from lowrank.verify.result import TENSOR_TOLERANCE, TensorCheck
 
 PRESENCE_TOLERANCE = (
@@ -54,7 +55,9 @@ class Tally:
             return
         result = loss(M, change, self.either_neighbour and not change.saved)
         problem = ""
-        if result.error > TENSOR_TOLERANCE:
+        if not all_finite(M):
+            problem = f"{int((~M.isfinite()).sum())} of {M.numel()} values are not finite"
+        elif result.error > TENSOR_TOLERANCE:
             problem = f"off by {result.overall_error:.2g} ‖ΔW‖, most in row {result.row}"
         elif self.either_neighbour and abs(result.present - 1) > PRESENCE_TOLERANCE:
             problem = f"{result.present:.3g} of the adapter's change is there"
