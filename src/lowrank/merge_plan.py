@@ -153,6 +153,7 @@ def names_in_model(
     converters = [row for row in mapping if isinstance(row, WeightConverter)]
     params = model.state_dict()
     names: dict[str, str] = {}
+    found: set[str] = set()  # their values
     converted: dict[str, str] = {}
     for key in sorted(stored, key=dot_natural_key):
         name, converter = rename_source_key(
@@ -162,10 +163,11 @@ def names_in_model(
             continue
         if converter is not None:
             converted[key] = name
-        elif name in names.values():
+        elif name in found:
             raise NeedsModel(f"two tensors of the base's files are the model's {name}")
         else:
             names[key] = name
+            found.add(name)
     return names, converted
 
 
