@@ -15,6 +15,7 @@ from lowrank.train.evaluate import (
     evaluate,
     generate_batch,
     mean_loss,
+    spread,
     summed_loss,
 )
 
@@ -55,6 +56,26 @@ def test_loss_is_the_mean_over_all_supervised_tokens(model, tokenizer):
         assert loss == pytest.approx(nats / tokens, rel=1e-5)
     result = evaluate(model, tokenizer, data)
     assert result.scores["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+@given(st.lists(st.integers(), unique=True), st.integers(0, 30))
+def test_spread_keeps_the_order_and_takes_even_distances(items, count):
+    found = spread(items, count)
+    assert len(found) == min(count, len(items))
+    places = [items.index(item) for item in found]
+    distances = (
+        [b - a for a, b in zip(places, [*places[1:], len(items)], strict=True)] if places else []
+    )
+    assert all(d >= 1 for d in distances)
+    assert not distances or max(distances) - min(distances) <= 1
+    assert places[:1] in ([], [0])
+
+
+def test_answered_rows_of_a_sorted_file_are_of_every_kind(model, tokenizer):
+    rows = [Row(f"say {kind}{n}", kind, f"f:{n}") for kind in "abcd" for n in range(5)]
+    data = encode(rows, tokenizer, max_length=100)
+    result = evaluate(model, tokenizer, data, generate=4, max_new_tokens=1)
+    assert [answer.expected for answer in result.answers] == ["a", "b", "c", "d"]
 
 
 def test_loss_ignores_what_is_not_supervised():
@@ -100,7 +121,7 @@ def test_only_rows_with_a_prompt_are_answered(model, tokenizer):
     assert (result.rows, result.answered) == (6, 2)
     assert next(iter(result.scores)) == "exact_match"
     assert result.over("rouge_l") == "answers to 2 evaluation rows"
-    assert [answer.expected for answer in result.answers] == ["abc", "abc" * 7]
+    assert [answer.expected for answer in result.answers] == ["abc", "abc" * 2]
     nothing = evaluate(model, tokenizer, data, generate=0)
     assert list(nothing.scores) == ["loss", "perplexity"]
     assert nothing.answers == []

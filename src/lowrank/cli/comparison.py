@@ -12,6 +12,7 @@ from lowrank.cli.record import curves, module_rows
 from lowrank.report.data import Fact, Metric, RunReport, Sample, Setting
 from lowrank.report.html import write_report
 from lowrank.report.words import amount
+from lowrank.train.evaluate import spread
 
 Record = dict[str, Any]  # what run.json holds
 
@@ -109,7 +110,7 @@ def _samples(lora: Record, full: Record, most: int = 8) -> list[Sample]:
             base["exact"],
             adapted["exact"],
         )
-        for base, adapted, trained in list(zip(*sides, strict=True))[:most]
+        for base, adapted, trained in spread(zip(*sides, strict=True), most)
     ]
 
 

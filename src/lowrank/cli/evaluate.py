@@ -138,6 +138,7 @@ def _print(opened, data, result, samples: int) -> None:
     from rich.text import Text
 
     from lowrank.report.text import fact_table, show
+    from lowrank.train.evaluate import spread
     from lowrank.train.metrics import METRICS
 
     name = opened.path if opened.adapter is None else f"{opened.path} + {opened.adapter}"
@@ -151,7 +152,7 @@ def _print(opened, data, result, samples: int) -> None:
         facts.append((kind.title, f"{value:{kind.format}} ({result.over(metric)})"))
     show(fact_table(facts))
     marks = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text(" ")}
-    for answer in result.answers[:samples]:
+    for answer in spread(result.answers, samples):
         mark = marks[answer.exact]
         table = Table.grid(padding=(0, 1))
         table.add_column(width=10, style="dim")

@@ -24,6 +24,7 @@ from lowrank.report.words import amount
 from lowrank.train.data.packing import pack
 from lowrank.train.data.rows import ReadData
 from lowrank.train.data.task_shapes import shapes_for
+from lowrank.train.evaluate import spread
 from lowrank.train.metrics import METRICS
 from lowrank.train.run.best import Best
 from lowrank.train.settings import OF_TASKS
@@ -268,7 +269,7 @@ def _samples(result: Result, count: int) -> list[Sample]:
     pairs = zip(result.before.answers, result.after.answers, strict=True)
     return [
         Sample(b.prompt, b.expected, b.answer, a.answer, None, b.exact, a.exact)
-        for b, a in list(pairs)[:count]
+        for b, a in spread(pairs, count)
     ]
 
 

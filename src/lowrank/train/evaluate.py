@@ -1,7 +1,7 @@
 """What a model makes of evaluation rows: loss, perplexity, greedy answers and how right they are."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -64,12 +64,12 @@ def evaluate(
     metrics: Sequence[str] = ("exact_match", "rouge_l"),
     sampling: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Loss over all of `data`, and greedy answers to its first `generate` rows that have a prompt.
+    """Loss over all of `data`, and greedy answers to `generate` of its rows that have a prompt.
 
     metrics: of answers.ANSWER_METRICS. sampling: how each row is answered once more, beside the greedy answer.
     """
     loss, tokens = mean_loss(model, data.examples, pad_id(tokenizer), batch_size)
-    asked = [row for row in data.rows if row.prompt is not None][:generate]
+    asked = spread([row for row in data.rows if row.prompt is not None], generate)
 
     def said(**sampled: Any) -> list[str]:
         return answer_rows(
@@ -90,6 +90,13 @@ def evaluate(
         answered=len(answers),
         answers=answers,
     )
+
+
+def spread(items: Iterable[T], count: int) -> list[T]:
+    """`count` of `items`, at even distances, or all: a file of rows is often sorted by what they ask for."""
+    items = list(items)
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def answered(

@@ -203,7 +203,9 @@ def misplaced(settings: TrainSettings) -> list[str]:
 @dataclass(frozen=True)
 class EvalSettings:
     batch_size: Annotated[int, "rows at once", COUNT] = 16
-    generate: Annotated[int, "rows answered before and after training", NOT_NEGATIVE] = 64
+    generate: Annotated[
+        int, "rows answered before and after training, at even distances", NOT_NEGATIVE
+    ] = 64
     max_new_tokens: Annotated[int, "tokens an answer may have", COUNT] = 64
     samples: Annotated[int, "answers shown in the report", NOT_NEGATIVE] = 5
     during_training: Annotated[

@@ -12,7 +12,7 @@ from lowrank.train.data.encode import Encoded
 from lowrank.train.data.labels import check_known, label_options, names_of
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Label, Labelled
-from lowrank.train.evaluate import Answer, Evaluation
+from lowrank.train.evaluate import Answer, Evaluation, spread
 from lowrank.train.metrics import accuracy, f1_macro, f1_micro, pearson, spearman
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
@@ -162,7 +162,7 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
         for row, label in zip(data.rows, found, strict=True)
     ]
     scores = {**kind.scores(expected, found), "loss": loss / data.supervised}
-    return Evaluation(scores, len(data.rows), 0, 0, answers[: settings.eval.generate])
+    return Evaluation(scores, len(data.rows), 0, 0, spread(answers, settings.eval.generate))
 
 
 def said(label: Label) -> str:

@@ -14,7 +14,7 @@ from lowrank.train.data.batches import Example, collate_padded
 from lowrank.train.data.encode import Encoded, pad_id
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Related
-from lowrank.train.evaluate import Answer, Evaluation, device_of, of_each
+from lowrank.train.evaluate import Answer, Evaluation, device_of, of_each, spread
 from lowrank.train.metrics import mean, pearson, spearman
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
@@ -157,14 +157,14 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
         return embed_all(model, [e[name] for e in data.examples], pad, size)
 
     anchors, positives = embedded("input_ids"), embedded("positive")
-    shown = slice(settings.eval.generate)
+    shown = settings.eval.generate
     if data.rows[0].score is not None:
         cosines = (anchors * positives).sum(-1).tolist()
         wanted = [row.score for row in data.rows]
         scores = {"spearman": spearman(wanted, cosines), "pearson": pearson(wanted, cosines)}
         answers = [
             Answer(f"{row.anchor}\n{row.positive}", f"{row.score:g}", f"{cosine:.3f}", None)
-            for row, cosine in list(zip(data.rows, cosines, strict=True))[shown]
+            for row, cosine in spread(zip(data.rows, cosines, strict=True), shown)
         ]
         return Evaluation(scores, len(data.rows), 0, 0, answers)
     texts = {row.positive: positives[i] for i, row in enumerate(data.rows)}
@@ -187,7 +187,7 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
     nearest = [names[k] for k in near.argmax(1).tolist()]
     answers = [
         Answer(row.anchor, row.positive, text, row.positive == text)
-        for row, text in list(zip(data.rows, nearest, strict=True))[shown]
+        for row, text in spread(zip(data.rows, nearest, strict=True), shown)
     ]
     return Evaluation(scores, len(data.rows), 0, 0, answers)
 

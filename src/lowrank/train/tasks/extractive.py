@@ -14,7 +14,7 @@ from lowrank.train.data.batches import collate_padded, totalled
 from lowrank.train.data.encode import Encoded
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Question
-from lowrank.train.evaluate import Answer, Evaluation
+from lowrank.train.evaluate import Answer, Evaluation, spread
 from lowrank.train.metrics import mean
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
@@ -176,7 +176,7 @@ def score(model: nn.Module, tokenizer: Any, data: Windows, settings: Sections) -
         "squad_em": mean([exact for _, exact, _ in answers]),
         "loss": nats / data.supervised,
     }
-    shown = [answer for answer, _, _ in answers[: settings.eval.generate]]
+    shown = spread((answer for answer, _, _ in answers), settings.eval.generate)
     return Evaluation(scores, len(rows), 0, 0, shown)
 
 

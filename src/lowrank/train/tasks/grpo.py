@@ -13,7 +13,7 @@ from lowrank.train.data.encode import prompt_ids
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.render import prompt_text
 from lowrank.train.data.shapes import Row
-from lowrank.train.evaluate import Answer, Evaluation, answer_rows, asked_text
+from lowrank.train.evaluate import Answer, Evaluation, answer_rows, asked_text, spread
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
 from lowrank.train.tasks.given import Given
@@ -195,12 +195,12 @@ def train(given: Given) -> Training:
 
 
 def score(model: nn.Module, tokenizer: Any, data: Prompts, settings: Sections) -> Evaluation:
-    """Mean reward of greedy answers, and of answers sampled as in training, to the first prompts."""
+    """Mean reward of greedy answers, and of answers sampled as in training, to some of the prompts."""
     names, given = names_of(settings), settings.train
     functions = reward_functions(names)
     weights = given.reward_weights or [1.0] * len(names)
-    asked = data.rows[: settings.eval.generate]
-    examples = data.examples[: len(asked)]
+    asked = spread(data.rows, settings.eval.generate)
+    examples = spread(data.examples, settings.eval.generate)
     named = {"prompt": "prompts"}
     columns = {named.get(name, name): [e[name] for e in examples] for name in data.examples[0]}
 

@@ -19,6 +19,7 @@ from lowrank.train.evaluate import (
     asked_text,
     device_of,
     of_each,
+    spread,
 )
 from lowrank.train.settings import Sections
 
@@ -310,7 +311,7 @@ def evaluation_of(
     """The scores, and for the report some answers of the model beside the better ones."""
     named = [as_rows(row)[0] for row in data.rows]
     asked = [row for name, row in named if name != ", bad"]
-    asked = asked[: min(settings.eval.generate, settings.eval.samples)]
+    asked = spread(asked, min(settings.eval.generate, settings.eval.samples))
     answers = [
         Answer(asked_text(row), row.answer, text, None)
         for row, text in zip(

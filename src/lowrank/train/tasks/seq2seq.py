@@ -18,6 +18,7 @@ from lowrank.train.evaluate import (
     of_each,
     perplexity,
     sampling_of,
+    spread,
 )
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
@@ -112,14 +113,15 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
         return float(total(out, labels)[0]), chosen
 
     nats, _ = totalled(read, model, data.examples, collate(model, tokenizer), size)
-    asked = data.examples[: settings.eval.generate]
+    asked = spread(data.examples, settings.eval.generate)
 
     def said(**sampling: Any) -> list[str]:
         ids = [example["input_ids"] for example in asked]
         return generated(model, tokenizer, ids, size, settings.eval.max_new_tokens, **sampling)
 
+    rows = spread(data.rows, settings.eval.generate)
     scores, answers = answered(
-        data.rows[: len(asked)], said, settings.eval.metrics or ROUGE, sampling_of(settings.eval)
+        rows, said, settings.eval.metrics or ROUGE, sampling_of(settings.eval)
     )
     loss = nats / data.supervised
     return Evaluation(

@@ -11,7 +11,7 @@ from lowrank.train.data.encode import IGNORE, Encoded
 from lowrank.train.data.labels import check_known, label_options, names_of
 from lowrank.train.data.problems import DataError
 from lowrank.train.data.task_shapes import Tagged
-from lowrank.train.evaluate import Answer, Evaluation
+from lowrank.train.evaluate import Answer, Evaluation, spread
 from lowrank.train.metrics import accuracy, entities, f1_macro, f1_micro
 from lowrank.train.run.trainer import Training
 from lowrank.train.settings import Sections
@@ -136,7 +136,7 @@ def score(model: nn.Module, tokenizer: Any, data: Encoded, settings: Sections) -
     scores |= {"token_accuracy": accuracy(*words), "loss": nats / data.supervised}
     answers = [
         Answer(" ".join(r.words), _said(r.words, r.tags), _said(r.words, tags), r.tags == tags)
-        for r, tags in list(zip(data.rows, found, strict=True))[: settings.eval.generate]
+        for r, tags in spread(zip(data.rows, found, strict=True), settings.eval.generate)
     ]
     return Evaluation(scores, len(data.rows), 0, 0, answers)
 
