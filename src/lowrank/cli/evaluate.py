@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags_of(parser, (*READING, *EVALUATING))
     add_numbers(parser)
     parser.add_argument(
-        "--samples", type=whole(0), default=DEFAULT.samples, metavar="N", help="shown"
+        "--samples", type=whole(0), default=DEFAULT.samples, metavar="N", help="answers shown"
     )
     parser.add_argument("--json", action="store_true", help="everything as JSON, all answers too")
 
 
 def add_numbers(parser: argparse.ArgumentParser) -> None:
     for name, default, least, text in (
-        ("generate", DEFAULT.generate, 0, "rows that are answered; 0: none"),
+        ("generate", DEFAULT.generate, 0, "rows that are answered, at even distances; 0: none"),
         ("max-new-tokens", DEFAULT.max_new_tokens, 1, "tokens an answer may have"),
         ("batch-size", DEFAULT.batch_size, 1, "rows at once"),
         ("max-length", None, 1, "tokens a row may have; as trained"),
